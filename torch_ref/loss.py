@@ -1,0 +1,73 @@
+"""Next-token cross-entropy that never holds the logits of a long sequence.
+
+At 2048 tokens and 49,152 entries the logits are 400 MB, and their gradient as much again. Here only a chunk of tokens
+has logits at a time, and its gradient is taken at once, while they are at hand: the backward pass then only scales
+what was saved, one product of four less than recomputing the logits. Twin of `flax_model/loss.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torch_ref.interface import IGNORE
+from torch_ref.layers import wide
+
+
+def cross_entropy_plain(
+    hidden: Float[Tensor, "tokens hidden"], embedding: Float[Tensor, "vocab hidden"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, ""]:
+    """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
+    logits = wide(hidden @ embedding.to(hidden.dtype).T)
+    scored = targets != IGNORE
+    target_logits = logits.gather(1, targets.clamp(min=0)[:, None].long()).squeeze(1)
+    return torch.where(scored, logits.logsumexp(-1) - target_logits, 0).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, chunk):
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        weight = embedding.to(hidden.dtype)
+        total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
+        if needs_gradient:
+            hidden_gradient = torch.empty_like(hidden)
+            embedding_gradient = torch.zeros_like(embedding)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            target = targets[part].long()
+            scored = target != IGNORE
+            column = target.clamp(min=0)[:, None]
+            logits = wide(hidden[part] @ weight.T)
+            normaliser = logits.logsumexp(-1)
+            total += torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()
+            if needs_gradient:  # d loss / d logits = softmax - one-hot, and zero where nothing is scored
+                gradient = logits.sub_(normaliser[:, None]).exp_()
+                gradient.scatter_add_(1, column, -torch.ones_like(column, dtype=gradient.dtype))
+                gradient.mul_(scored[:, None])
+                gradient = gradient.to(hidden.dtype)
+                hidden_gradient[part] = gradient @ weight
+                if embedding.dtype == hidden.dtype:
+                    embedding_gradient.addmm_(gradient.T, hidden[part])
+                else:
+                    embedding_gradient += (gradient.T @ hidden[part]).to(embedding.dtype)
+        if needs_gradient:
+            ctx.save_for_backward(hidden_gradient, embedding_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden_gradient, embedding_gradient = ctx.saved_tensors
+        scaled = (wide(hidden_gradient) * upstream).to(hidden_gradient.dtype)
+        return scaled, embedding_gradient * upstream, None, None
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "tokens hidden"],
+    embedding: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, " tokens"],
+    chunk: int = 512,
+) -> Float[Tensor, ""]:
+    """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time."""
+    return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk)

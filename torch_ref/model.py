@@ -1,0 +1,152 @@
+"""The decoder: SmolLM2's skeleton with DeepSeek-V3's attention and experts.
+
+- tied embeddings, RMSNorm before attention and before the MLP, no biases
+- Multi-head Latent Attention with grouped K/V heads and a shared rotary key (`attention.py`)
+- mixture of experts with a shared expert, balanced by bias (`moe.py`); the first layers may be dense
+- gradient checkpointing of the experts' activations, or of whole layers
+
+Twin of `flax_model/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from torch_ref.attention import Attention
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.layers import RMSNorm, SwiGLU, wide
+from torch_ref.loss import cross_entropy
+from torch_ref.moe import MoE, MoEOutput
+from torch_ref.parameters import Parameter
+from torch_ref.rotary import Rope, make_rope
+
+
+class ForwardOutput(NamedTuple):
+    hidden: Float[Tensor, "batch seq hidden"]
+    """After the final norm: what the logits are taken from."""
+    balance_loss: Float[Tensor, " batch"]
+    """Sequence balance loss of each sequence, summed over layers, before its coefficient."""
+    expert_counts: Int[Tensor, "moe_layers experts"]
+    layers: list[Tensor] | None
+    """The residual stream after each layer, if asked for."""
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), where the MLP is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], rope: Rope, compute: ComputeConfig
+    ) -> tuple[Float[Tensor, "batch seq hidden"], MoEOutput | None]:
+        x = x + self.attention(self.input_norm(x), rope, compute.attention)
+        normed = self.post_attention_norm(x)
+        if self.dense:
+            return x + self.mlp(normed), None
+        moe = self.mlp(normed, compute.moe, compute.remat == "experts")
+        return x + moe.out, moe
+
+
+class Model(nn.Module):
+    """The whole decoder. Names in `state_dict()` are those of the parameter table; values are unset until
+    `load_values`."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device(device):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty(config, dtype))
+            self.layers = nn.ModuleList(
+                Block(config, dense=layer < config.first_k_dense) for layer in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.to(dtype)
+
+    @torch.no_grad()
+    def load_values(self, values: Iterable[tuple[Parameter, np.ndarray]]) -> Model:
+        """Set every tensor, from `parameters.initial_values` or an import. Raises KeyError on an unknown name."""
+        tensors = dict(self.state_dict(keep_vars=True))
+        for row, value in values:
+            tensors.pop(row.name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+        assert not tensors, f"no value for {sorted(tensors)}"
+        return self
+
+    def forward(
+        self, tokens: Int[Tensor, "batch seq"], compute: ComputeConfig, keep_hidden: bool = False
+    ) -> ForwardOutput:
+        """Raises ValueError where seq is longer than the context. `compute` must be resolved (no `auto`)."""
+        batch, seq = tokens.shape
+        if seq > self.config.max_position:
+            raise ValueError(f"{seq} tokens do not fit the context of max_position = {self.config.max_position}")
+        dtype = getattr(torch, compute.dtype)
+        rope = make_rope(self.config, seq, dtype, tokens.device)
+        x = F.embedding(tokens.long(), self.embed_tokens.weight).to(dtype)
+        balance_loss = wide(x.new_zeros(batch))
+        counts, layers = [], []
+        for block in self.layers:
+            run = block
+            if compute.remat == "layers" and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False)
+            x, moe = run(x, rope, compute)
+            if moe is not None:
+                balance_loss = balance_loss + moe.balance_loss
+                counts.append(moe.expert_counts)
+            if keep_hidden:
+                layers.append(x)
+        expert_counts = torch.stack(counts) if counts else tokens.new_zeros(0, self.config.n_routed_experts)
+        return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers if keep_hidden else None)
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        """Scores of the next token, float32 or wider, by the embedding (tied)."""
+        return wide(F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype)))
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    # nn.Embedding would otherwise draw 28 M normal numbers that load_values overwrites.
+    return torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+
+
+class Parts(NamedTuple):
+    """What an objective is made of: sums, so that micro-batches add up."""
+
+    loss_sum: Float[Tensor, ""]
+    balance_sum: Float[Tensor, ""]
+    expert_counts: Int[Tensor, "moe_layers experts"]
+
+
+def objective(
+    model: Model,
+    inputs: Int[Tensor, "batch seq"],
+    targets: Int[Tensor, "batch seq"],
+    compute: ComputeConfig,
+    target_count: int,
+    sequence_count: int,
+) -> tuple[Float[Tensor, ""], Parts]:
+    """This micro-batch's share of the step's objective: mean next-token loss plus the balance loss.
+
+    `target_count` and `sequence_count` are those of the whole step, so that the shares of its micro-batches, and
+    their gradients, add up to the whole batch's, also where micro-batches score different numbers of targets.
+    """
+    output = model(inputs, compute)
+    hidden = output.hidden.flatten(0, 1)
+    loss_sum = cross_entropy(hidden, model.embed_tokens.weight, targets.flatten(), compute.loss_chunk)
+    balance_sum = output.balance_loss.sum()
+    total = loss_sum / target_count + model.config.balance_loss_coef * balance_sum / sequence_count
+    return total, Parts(loss_sum.detach(), balance_sum.detach(), output.expert_counts)

@@ -1,0 +1,279 @@
+"""Mixture of experts after DeepSeek-V3 (sections 2.1.2 and 4.2): sigmoid router, balance by bias, nothing dropped.
+
+    scores = sigmoid(router(x))                        float32 or wider
+    chosen = top-k of scores + balance bias            ties: lowest index first
+    weights = scores[chosen] / sum * scaling           without the bias: it steers the choice, never the output
+    y = shared_expert(x) + sum of weights * expert(x)
+
+The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`:
+`dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
+active experts; `blocks` does so in static shapes without a host sync, for MPS. Twin of `flax_model/moe.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_ref.config import ModelConfig
+from torch_ref.layers import SwiGLU, wide
+
+BLOCK = 64
+"""Rows of one block of the `blocks` path."""
+
+
+class Routing(NamedTuple):
+    """The router's decision for every token."""
+
+    chosen: Int[Tensor, "tokens topk"]
+    weights: Float[Tensor, "tokens topk"]
+    scores: Float[Tensor, "tokens experts"]
+
+
+def route(
+    x: Float[Tensor, "tokens hidden"],
+    router: Float[Tensor, "experts hidden"],
+    balance_bias: Float[Tensor, " experts"],
+    config: ModelConfig,
+) -> Routing:
+    """Choose experts and weigh them, in float32 or wider whatever the dtype of `x`."""
+    scores = F.linear(wide(x), wide(router)).sigmoid()
+    chosen = top_k(scores.detach() + balance_bias, config.num_experts_per_tok)
+    weights = scores.gather(1, chosen)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
+    return Routing(chosen, weights, scores)
+
+
+def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "tokens topk"]:
+    """Indices of the k largest, largest first; of equal scores the lowest index first (`torch.topk` promises none)."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def count_experts(chosen: Int[Tensor, "*batch topk"], experts: int) -> Int[Tensor, " experts"]:
+    """Tokens each expert takes. By comparison: `histc` and `bincount` sync the host or fail on MPS."""
+    return (chosen.reshape(-1, 1) == torch.arange(experts, device=chosen.device)).sum(0)
+
+
+def sequence_balance_loss(scores: Float[Tensor, "batch seq experts"], topk: int) -> Float[Tensor, " batch"]:
+    """DeepSeek-V3's equations 17-20 for each sequence: sum over experts of f * P, with f the expert's share of the
+    sequence's top-k choices by unbiased score (1 when balanced) and P its mean normalised score."""
+    seq, experts = scores.shape[1:]
+    chosen = top_k(scores.detach().flatten(0, 1), topk).reshape(scores.shape[0], -1, 1)
+    load = (chosen == torch.arange(experts, device=scores.device)).sum(1).to(scores.dtype)
+    fraction = load * (experts / (topk * seq))
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return (fraction * probability).sum(-1)
+
+
+def updated_balance_bias(
+    balance_bias: Float[Tensor, "*layers experts"], counts: Int[Tensor, "*layers experts"], rate: float
+) -> Float[Tensor, "*layers experts"]:
+    """The bias after one optimizer step: up by `rate` where an expert took fewer tokens than the mean, down where it
+    took more. In integers, so that the sign is exact: mean - count has the sign of total - experts * count."""
+    direction = (counts.sum(-1, keepdim=True) - counts.shape[-1] * counts).sign()
+    return balance_bias + rate * direction.to(balance_bias.dtype)
+
+
+def experts_dense(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
+    """Every expert on every token, combined with a [tokens, experts] matrix that is zero where not chosen."""
+    experts = gate.shape[0]
+    chosen = routing.chosen.unsqueeze(-1) == torch.arange(experts, device=x.device)
+    combine = (chosen * routing.weights.unsqueeze(-1)).sum(1)
+    out = torch.zeros_like(wide(x))
+    for expert in range(experts):
+        g, u, d = (weight[expert].to(x.dtype) for weight in (gate, up, down))
+        activation = F.silu(x @ g.T) * (x @ u.T)
+        out = out + combine[:, expert, None] * wide(activation @ d.T)
+    return out.to(x.dtype)
+
+
+def experts_grouped(
+    x: Float[Tensor, "tokens hidden"],
+    routing: Routing,
+    gate: Float[Tensor, "experts ffn hidden"],
+    up: Float[Tensor, "experts ffn hidden"],
+    down: Float[Tensor, "experts hidden ffn"],
+    remat: bool,
+) -> Float[Tensor, "tokens hidden"]:
+    """Rows sorted by expert, one product per expert on just its rows. `remat` drops the gate and up products after the
+    forward pass and computes them again in the backward pass: 2 more products than 9, for 2 * ffn values a row."""
+    return _GroupedExperts.apply(x, routing.chosen, routing.weights, gate, up, down, remat)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """The routing weight enters before the down projection, so the backward pass never needs the experts' outputs."""
+
+    @staticmethod
+    def forward(ctx, x, chosen, weights, gate, up, down, remat):
+        topk = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # sorted row -> position in the flattened choices
+        inverse = order.argsort()
+        ends = count_experts(chosen, gate.shape[0]).cumsum(0)
+        rows = x[order // topk]
+        row_weights = weights.flatten()[order].to(x.dtype)[:, None]
+        gated, raised = grouped_product(rows, gate, ends), grouped_product(rows, up, ends)
+        activation = F.silu(gated).mul_(raised).mul_(row_weights)
+        out = grouped_product(activation, down, ends)
+        ctx.save_for_backward(
+            x, order, inverse, ends, weights, gate, up, down, None if remat else gated, None if remat else raised
+        )
+        return out[inverse].unflatten(0, (-1, topk)).sum(1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, order, inverse, ends, weights, gate, up, down, gated, raised = ctx.saved_tensors
+        topk = weights.shape[1]
+        rows = x[order // topk]
+        if gated is None:
+            gated, raised = grouped_product(rows, gate, ends), grouped_product(rows, up, ends)
+        row_weights = weights.flatten()[order].to(x.dtype)[:, None]
+        upstream = upstream[order // topk]
+
+        sigmoid = gated.sigmoid()
+        silu = gated * sigmoid
+        activation = silu * raised
+        d_weighted = grouped_product(upstream, down.transpose(1, 2), ends)
+        d_weights = (d_weighted * activation).sum(-1, dtype=weights.dtype)[inverse].view_as(weights)
+        d_down = grouped_outer(upstream, activation.mul_(row_weights), ends, down.dtype)
+        d_activation = d_weighted.mul_(row_weights)
+        d_raised = silu.mul_(d_activation)
+        # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
+        d_gated = d_activation.mul_(raised).mul_(sigmoid * (1 + gated * (1 - sigmoid)))
+        d_gate = grouped_outer(d_gated, rows, ends, gate.dtype)
+        d_up = grouped_outer(d_raised, rows, ends, up.dtype)
+        d_rows = grouped_product(d_gated, gate.transpose(1, 2), ends)
+        d_rows += grouped_product(d_raised, up.transpose(1, 2), ends)
+        d_x = d_rows[inverse].unflatten(0, (-1, topk)).sum(1)
+        return d_x, None, d_weights, d_gate, d_up, d_down, None
+
+
+def grouped_product(
+    rows: Float[Tensor, "rows inputs"], weight: Float[Tensor, "experts outputs inputs"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "rows outputs"]:
+    """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]. CUDA: one grouped kernel, no host sync."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        weight = weight.to(rows.dtype).transpose(1, 2)
+        return F.grouped_mm(rows, weight, offs=ends.int())
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        torch.mm(rows[start:end], weight[expert].to(rows.dtype).T, out=out[start:end])
+        start = end
+    return out
+
+
+def grouped_outer(
+    left: Float[Tensor, "rows outputs"],
+    right: Float[Tensor, "rows inputs"],
+    ends: Int[Tensor, " experts"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "experts outputs inputs"]:
+    """left.T @ right over each expert's rows: the gradient of `grouped_product` with respect to its weight."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return F.grouped_mm(left.T, right, offs=ends.int()).to(dtype)
+    out = left.new_empty(ends.shape[0], left.shape[1], right.shape[1], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if dtype == left.dtype:
+            torch.mm(left[start:end].T, right[start:end], out=out[expert])
+        else:
+            out[expert] = left[start:end].T @ right[start:end]
+        start = end
+    return out
+
+
+def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
+    """Rows sorted by expert into blocks of `BLOCK`, each expert starting a block of its own, then one batched product
+    with a weight per block. Shapes depend on nothing but the number of tokens; `remat` is not its business (whole
+    layers can be rematerialised around it)."""
+    tokens, topk = routing.chosen.shape
+    experts = gate.shape[0]
+    flat = routing.chosen.flatten()
+    one_hot = (flat[:, None] == torch.arange(experts, device=x.device)).long()
+    counts = one_hot.sum(0)
+    block_ends = ((counts + BLOCK - 1) // BLOCK).cumsum(0)
+    first_row = (block_ends - (counts + BLOCK - 1) // BLOCK) * BLOCK
+    # A choice's row: where its expert starts, plus how many earlier choices took the same expert.
+    rank = ((one_hot.cumsum(0) - 1) * one_hot).sum(1)
+    slot = first_row[flat] + rank
+    blocks = min(-(-tokens * topk // BLOCK) + experts, experts * -(-tokens // BLOCK))
+    expert_of_block = (torch.arange(blocks, device=x.device)[:, None] >= block_ends).sum(1).clamp(max=experts - 1)
+
+    source = torch.full((blocks * BLOCK,), tokens * topk, device=x.device).scatter(
+        0, slot, torch.arange(tokens * topk, device=x.device)
+    )
+    padded = torch.cat((x.repeat_interleave(topk, 0), x.new_zeros(1, x.shape[1])))
+    rows = padded[source].unflatten(0, (blocks, BLOCK))
+    # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
+    pick = (expert_of_block[:, None] == torch.arange(experts, device=x.device)).to(x.dtype)
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        chosen = (pick @ weight.to(x.dtype).flatten(1)).unflatten(1, weight.shape[1:])
+        return rows @ chosen.transpose(1, 2)
+
+    out = product(F.silu(product(rows, gate)) * product(rows, up), down).flatten(0, 1)
+    per_choice = wide(out[slot].unflatten(0, (tokens, topk))) * routing.weights.unsqueeze(-1)
+    return per_choice.sum(1).to(x.dtype)
+
+
+EXPERT_PATHS = {"dense": experts_dense, "grouped": experts_grouped, "blocks": experts_blocks}
+
+
+class MoEOutput(NamedTuple):
+    out: Float[Tensor, "batch seq hidden"]
+    balance_loss: Float[Tensor, " batch"]
+    expert_counts: Int[Tensor, " experts"]
+
+
+class Router(nn.Module):
+    """Its weight, and the balance bias: a buffer that neither the gradient nor the optimizer sees."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("balance_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
+        return route(x, self.weight, self.balance_bias, self.config)
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, ffn = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(experts, ffn, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, ffn, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
+
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], routing: Routing, path: str, remat: bool
+    ) -> Float[Tensor, "tokens hidden"]:
+        return EXPERT_PATHS[path](x, routing, self.gate_proj, self.up_proj, self.down_proj, remat)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = Experts(config)
+        if config.n_shared_experts:
+            self.shared_expert = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: Float[Tensor, "batch seq hidden"], path: str, remat: bool) -> MoEOutput:
+        """`path` is a key of `EXPERT_PATHS`; `remat` recomputes the experts' activations in the backward pass."""
+        config = self.config
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        out = self.experts(tokens, routing, path, remat).view_as(x)
+        if config.n_shared_experts:
+            out = out + self.shared_expert(x)
+        balance = sequence_balance_loss(routing.scores.unflatten(0, x.shape[:2]), config.num_experts_per_tok)
+        return MoEOutput(out, balance, count_experts(routing.chosen, config.n_routed_experts))
