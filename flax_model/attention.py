@@ -1,0 +1,140 @@
+"""Multi-head Latent Attention (DeepSeek-V2, section 2.1) with grouped K/V heads.
+
+Keys and values are expanded from one small latent per token; a single rotary key is shared by all heads:
+
+    q = q_proj(x)                           per head [nope | rope]
+    latent, k_rope = kv_a_proj(x)           latent normed, k_rope rotated: this is all that decoding has to cache
+    k_nope, v = kv_b_proj(latent)           per K/V head; query head h reads K/V head h // (heads / kv_heads)
+    softmax(q . [k_nope | k_rope] / sqrt(nope + rope)) v
+
+Twin of `torch_ref/attention.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flax_model.layers import Linear, RMSNorm, Stack, wide
+from flax_model.rotary import Rope, apply_rope
+from torch_ref.config import LATENT_NORM_EPS, ModelConfig
+
+QUERY_BLOCK = 256
+"""Queries of one block of the `blocked` path."""
+
+
+def attend_plain(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv_heads qk"],
+    v: Float[Array, "batch seq kv_heads vdim"],
+    scale: float,
+) -> Float[Array, "batch seq heads vdim"]:
+    """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider."""
+    return _attend_from(q, k, v, 0, scale)
+
+
+def _attend_from(
+    q: Float[Array, "batch queries heads qk"],
+    k: Float[Array, "batch keys kv_heads qk"],
+    v: Float[Array, "batch keys kv_heads vdim"],
+    first: int,
+    scale: float,
+) -> Float[Array, "batch queries heads vdim"]:
+    """Causal attention of queries at positions `first` and on, to keys at positions 0 and on."""
+    batch, queries, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
+    wide_type = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, preferred_element_type=wide_type) * scale
+    visible = first + jnp.arange(queries)[:, None] >= jnp.arange(k.shape[1])
+    probabilities = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, wide(v))
+    return out.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+
+
+def attend_blocked(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv_heads qk"],
+    v: Float[Array, "batch seq kv_heads vdim"],
+    scale: float,
+) -> Float[Array, "batch seq heads vdim"]:
+    """The same in blocks of queries that read only the keys they may see: half the products, and the scores of one
+    block at a time, in the backward pass too, where each block is computed again."""
+    seq = q.shape[1]
+    blocks = []
+    for start in range(0, seq, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, seq)
+        attend = jax.checkpoint(partial(_attend_from, first=start, scale=scale))
+        blocks.append(attend(q[:, start:end], k[:, :end], v[:, :end]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def attend_cudnn(
+    q: Float[Array, "batch seq heads qk"],
+    k: Float[Array, "batch seq kv_heads qk"],
+    v: Float[Array, "batch seq kv_heads vdim"],
+    scale: float,
+) -> Float[Array, "batch seq heads vdim"]:
+    """The same by cuDNN's fused kernel on NVIDIA GPUs (half precision only), which wants one head size: v is padded
+    with zeros, and the pad cut off."""
+    v_head_dim = v.shape[-1]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v_head_dim)))
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    return out[..., :v_head_dim]
+
+
+ATTENTION_PATHS = {"plain": attend_plain, "blocked": attend_blocked, "cudnn": attend_cudnn}
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, stack: Stack = ()) -> None:
+        c = self.config = config
+        query_size = c.num_heads * c.qk_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, query_size, stack)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, stack)
+            self.q_a_norm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS, stack)
+            self.q_b_proj = Linear(c.q_lora_rank, query_size, stack)
+        self.kv_a_proj = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, stack)
+        self.kv_a_norm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, stack)
+        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_kv_heads * (c.qk_nope_head_dim + c.v_head_dim), stack)
+        self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size, stack)
+
+    def queries(
+        self, x: Float[Array, "batch seq hidden"], rope: Rope
+    ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
+        """Queries of all heads: the part without position, and the rotated part."""
+        c = self.config
+        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q = q.reshape(*x.shape[:2], c.num_heads, c.qk_head_dim)
+        q_nope, q_rope = jnp.split(q, (c.qk_nope_head_dim,), axis=-1)
+        return q_nope, apply_rope(q_rope, rope)
+
+    def latents(
+        self, x: Float[Array, "batch seq hidden"], rope: Rope
+    ) -> tuple[Float[Array, "batch seq latent"], Float[Array, "batch seq rope"]]:
+        """What a token leaves for later ones: its normed latent, and the rotated key that all heads share."""
+        latent, k_rope = jnp.split(self.kv_a_proj(x), (self.config.kv_lora_rank,), axis=-1)
+        return self.kv_a_norm(latent), apply_rope(k_rope[:, :, None], rope)[:, :, 0]
+
+    def expand(
+        self, latent: Float[Array, "batch seq latent"], k_rope: Float[Array, "batch seq rope"]
+    ) -> tuple[Float[Array, "batch seq kv_heads qk"], Float[Array, "batch seq kv_heads vdim"]]:
+        """Keys and values of every K/V head."""
+        c = self.config
+        k_and_v = self.kv_b_proj(latent).reshape(*latent.shape[:2], c.num_kv_heads, -1)
+        k_nope, v = jnp.split(k_and_v, (c.qk_nope_head_dim,), axis=-1)
+        k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
+        return jnp.concatenate((k_nope, k_rope), axis=-1), v
+
+    def __call__(self, x: Float[Array, "batch seq hidden"], rope: Rope, path: str) -> Float[Array, "batch seq hidden"]:
+        """`path` is a key of `ATTENTION_PATHS`."""
+        q = jnp.concatenate(self.queries(x, rope), axis=-1)
+        k, v = self.expand(*self.latents(x, rope))
+        out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))

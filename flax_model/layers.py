@@ -1,0 +1,62 @@
+"""The layers that everything else is made of: a linear map, RMSNorm and the SwiGLU MLP.
+
+Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly.
+Every module takes `stack`, a leading shape for its parameters: () for one layer, (layers,) for the stacked layers
+that `lax.scan` runs through. Twin of `torch_ref/layers.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Stack = tuple[int, ...]
+
+
+def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` in float32, or in float64 where it already is: the dtype of norms, routing, softmax and losses."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rms_norm(
+    x: Float[Array, "*batch features"], weight: Float[Array, " features"], eps: float
+) -> Float[Array, "*batch features"]:
+    """x / rms(x) * weight over the last axis, statistics in float32 or wider (Zhang & Sennrich 2019)."""
+    x_wide = wide(x)
+    normed = x_wide * jax.lax.rsqrt(jnp.square(x_wide).mean(-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ weight.T, without a bias; weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, stack: Stack = ()) -> None:
+        self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs)))
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        return x @ self.weight[...].astype(x.dtype).T
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned weight."""
+
+    def __init__(self, size: int, eps: float, stack: Stack = ()) -> None:
+        self.weight = nnx.Param(jnp.zeros((*stack, size)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020): the dense MLP, and the shared expert."""
+
+    def __init__(self, hidden: int, ffn: int, stack: Stack = ()) -> None:
+        self.gate_proj = Linear(hidden, ffn, stack)
+        self.up_proj = Linear(hidden, ffn, stack)
+        self.down_proj = Linear(ffn, hidden, stack)
+
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,84 @@
+"""Next-token cross-entropy that never holds the logits of a long sequence.
+
+At 2048 tokens and 49,152 entries the logits are 400 MB, and their gradient as much again. Here only a chunk of tokens
+has logits at a time, and its gradient is taken at once, while they are at hand: the backward pass then only scales
+what was saved, one product of four less than recomputing the logits. Twin of `torch_ref/loss.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_model.layers import wide
+from torch_ref.interface import IGNORE
+
+
+def cross_entropy_plain(
+    hidden: Float[Array, "tokens hidden"], embedding: Float[Array, "vocab hidden"], targets: Int[Array, " tokens"]
+) -> Float[Array, ""]:
+    """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
+    logits = wide(hidden @ embedding.astype(hidden.dtype).T)
+    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(targets != IGNORE, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0).sum()
+
+
+def _chunks(hidden, targets, chunk):
+    """Both cut into [chunks, chunk, ...]; the last one is filled up with targets that are not scored."""
+    chunk = min(chunk, hidden.shape[0])
+    missing = -hidden.shape[0] % chunk
+    hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
+    targets = jnp.pad(targets, (0, missing), constant_values=IGNORE)
+    return hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(
+    hidden: Float[Array, "tokens hidden"],
+    embedding: Float[Array, "vocab hidden"],
+    targets: Int[Array, " tokens"],
+    chunk: int = 512,
+) -> Float[Array, ""]:
+    """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time."""
+    weight = embedding.astype(hidden.dtype)
+
+    def one_chunk(total, part):
+        return total + cross_entropy_plain(part[0], weight, part[1]), None
+
+    zero = jnp.zeros((), wide(hidden[:0]).dtype)
+    return jax.lax.scan(one_chunk, zero, _chunks(hidden, targets, chunk))[0]
+
+
+def _forward(hidden, embedding, targets, chunk):
+    weight = embedding.astype(hidden.dtype)
+
+    def one_chunk(carry, part):
+        total, embedding_gradient = carry
+        rows, target = part
+        scored = (target != IGNORE)[:, None]
+        column = jnp.maximum(target, 0)[:, None]
+        logits = wide(rows @ weight.T)
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        total += jnp.where(scored, normaliser - jnp.take_along_axis(logits, column, axis=1), 0).sum()
+        # d loss / d logits = softmax - one-hot, and zero where nothing is scored
+        one_hot = jnp.arange(logits.shape[1]) == column
+        gradient = (scored * (jnp.exp(logits - normaliser) - one_hot)).astype(hidden.dtype)
+        embedding_gradient += (gradient.T @ rows).astype(embedding.dtype)
+        return (total, embedding_gradient), gradient @ weight
+
+    start = jnp.zeros((), wide(hidden[:0]).dtype), jnp.zeros_like(embedding)
+    (total, embedding_gradient), hidden_gradient = jax.lax.scan(one_chunk, start, _chunks(hidden, targets, chunk))
+    hidden_gradient = hidden_gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return total, (hidden_gradient, embedding_gradient)
+
+
+def _backward(chunk, saved, upstream):
+    hidden_gradient, embedding_gradient = saved
+    scaled = (wide(hidden_gradient) * upstream).astype(hidden_gradient.dtype)
+    return scaled, embedding_gradient * upstream, None
+
+
+cross_entropy.defvjp(_forward, _backward)

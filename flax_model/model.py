@@ -1,0 +1,228 @@
+"""The decoder: SmolLM2's skeleton with DeepSeek-V3's attention and experts.
+
+- tied embeddings, RMSNorm before attention and before the MLP, no biases
+- Multi-head Latent Attention with grouped K/V heads and a shared rotary key (`attention.py`)
+- mixture of experts with a shared expert, balanced by bias (`moe.py`); the first layers may be dense
+- layers stacked and run by `lax.scan`, so one layer is compiled and not thirty; or unrolled
+- gradient checkpointing of the experts' activations, or of whole layers
+
+Modules hold parameters. Transformations act on plain nested dicts of arrays: `split` takes a model apart into them,
+`merge` puts it together again inside a jitted function. Twin of `torch_ref/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
+
+from flax_model.attention import Attention
+from flax_model.layers import RMSNorm, Stack, SwiGLU, wide
+from flax_model.loss import cross_entropy
+from flax_model.moe import BalanceBias, MoE, MoEOutput
+from flax_model.rotary import Rope, make_rope
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.parameters import Parameter, flax_path, parameter_table
+
+
+class ForwardOutput(NamedTuple):
+    hidden: Float[Array, "batch seq hidden"]
+    """After the final norm: what the logits are taken from."""
+    balance_loss: Float[Array, " batch"]
+    """Sequence balance loss of each sequence, summed over layers, before its coefficient."""
+    expert_counts: Int[Array, "moe_layers experts"]
+    layers: Float[Array, "layers batch seq hidden"] | None
+    """The residual stream after each layer, if asked for."""
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), where the MLP is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, dense: bool, stack: Stack = ()) -> None:
+        self.dense = dense
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack)
+        self.attention = Attention(config, stack)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, stack) if dense else MoE(config, stack)
+
+    def __call__(
+        self, x: Float[Array, "batch seq hidden"], rope: Rope, compute: ComputeConfig
+    ) -> tuple[Float[Array, "batch seq hidden"], MoEOutput | None]:
+        x = x + self.attention(self.input_norm(x), rope, compute.attention)
+        normed = self.post_attention_norm(x)
+        if self.dense:
+            return x + self.mlp(normed), None
+        moe = self.mlp(normed, compute.moe, compute.remat == "experts")
+        return x + moe.out, moe
+
+
+class Embedding(nnx.Module):
+    def __init__(self, entries: int, size: int) -> None:
+        self.weight = nnx.Param(jnp.zeros((entries, size)))
+
+
+class Model(nnx.Module):
+    """The whole decoder. Paths of its variables are those of `parameters.flax_path`; make it by `from_values`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        if config.first_k_dense:
+            self.dense_layers = Block(config, dense=True, stack=(config.first_k_dense,))
+        if config.num_moe_layers:
+            self.layers = Block(config, dense=False, stack=(config.num_moe_layers,))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], compute: ComputeConfig, keep_hidden: bool = False
+    ) -> ForwardOutput:
+        """Raises ValueError where seq is longer than the context. `compute` must be resolved (no `auto`)."""
+        config = self.config
+        batch, seq = tokens.shape
+        if seq > config.max_position:
+            raise ValueError(f"{seq} tokens do not fit the context of max_position = {config.max_position}")
+        rope = make_rope(config, seq, compute.dtype)
+        x = self.embed_tokens.weight[...][tokens].astype(compute.dtype)
+        balance_loss = wide(jnp.zeros(batch, x.dtype))
+        expert_counts = jnp.zeros((0, config.n_routed_experts), jnp.int32)
+        layers = []
+        if config.first_k_dense:
+            x, (_, hidden) = run_layers(self.dense_layers, x, rope, compute, keep_hidden)
+            layers.append(hidden)
+        if config.num_moe_layers:
+            x, (moe, hidden) = run_layers(self.layers, x, rope, compute, keep_hidden)
+            balance_loss, expert_counts = moe.balance_loss.sum(0), moe.expert_counts
+            layers.append(hidden)
+        layers = jnp.concatenate(layers) if keep_hidden else None
+        return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers)
+
+    def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Scores of the next token, float32 or wider, by the embedding (tied)."""
+        return wide(hidden @ self.embed_tokens.weight[...].astype(hidden.dtype).T)
+
+
+def run_layers(
+    stacked: Block, x: Float[Array, "batch seq hidden"], rope: Rope, compute: ComputeConfig, keep_hidden: bool
+) -> tuple[Float[Array, "batch seq hidden"], tuple[MoEOutput | None, Array | None]]:
+    """Run x through the layers of a stacked block. Also returns, stacked over layers, what each mixture of experts
+    reported (its output left out) and, if asked for, each layer's hidden states."""
+    graphdef, state = nnx.split(stacked)
+
+    def one_layer(x, layer):
+        x, moe = nnx.merge(graphdef, layer)(x, rope, compute)
+        return x, (moe and moe._replace(out=None), x if keep_hidden else None)
+
+    if compute.remat == "layers":
+        one_layer = jax.checkpoint(one_layer, prevent_cse=not compute.scan_layers)
+    if compute.scan_layers:
+        return jax.lax.scan(one_layer, x, state)
+    reports = []
+    for index in range(jax.tree.leaves(state)[0].shape[0]):
+        x, report = one_layer(x, jax.tree.map(lambda leaf, index=index: leaf[index], state))
+        reports.append(report)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+
+Tree = dict
+"""Nested dict of arrays, with the paths of `parameters.flax_path`."""
+
+
+def split(model: Model) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """A model's structure, its parameters and its balance biases."""
+    graphdef, params, biases = nnx.split(model, nnx.Param, BalanceBias)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
+
+
+def merge(graphdef: nnx.GraphDef, params: Tree, biases: Tree) -> Model:
+    """The inverse of `split`; free inside a jitted function."""
+    return nnx.merge(graphdef, params, biases)
+
+
+def structure(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of a config's model, without making any array."""
+    return split(nnx.eval_shape(partial(Model, config)))[0]
+
+
+def from_values(
+    config: ModelConfig, values: Iterable[tuple[Parameter, np.ndarray]], dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """`split` of a model with these values (`parameters.initial_values`, or an import) of every row of the table.
+
+    Layers are gathered into one host array per stacked tensor before they go to the device.
+    """
+    rows = parameter_table(config)
+    expected = {row.name for row in rows}
+    counts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        path, _ = flax_path(config, row.name)
+        counts[path] = counts.get(path, 0) + 1
+    params: Tree = {}
+    biases: Tree = {}
+    waiting: dict[tuple[str, ...], tuple[np.ndarray, int]] = {}
+    for row, value in values:
+        expected.remove(row.name)
+        path, index = flax_path(config, row.name)
+        tree = params if row.trainable else biases
+        if index is None:
+            _set(tree, path, jnp.asarray(value, dtype))
+            continue
+        stacked, missing = waiting.pop(path, None) or (np.empty((counts[path], *row.shape), dtype), counts[path])
+        stacked[index] = value
+        if missing > 1:
+            waiting[path] = stacked, missing - 1
+        else:
+            _set(tree, path, jnp.asarray(stacked))
+    assert not expected, f"no value for {sorted(expected)}"
+    return structure(config), params, biases
+
+
+def to_values(config: ModelConfig, params: Tree, biases: Tree) -> Iterator[tuple[Parameter, np.ndarray]]:
+    """Every row of the table with its value, one layer at a time; the inverse of `from_values`."""
+    for row in parameter_table(config):
+        path, index = flax_path(config, row.name)
+        leaf = params if row.trainable else biases
+        for key in path:
+            leaf = leaf[key]
+        yield row, np.asarray(leaf if index is None else leaf[index])
+
+
+def _set(tree: Tree, path: tuple[str, ...], value: Array) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+class Parts(NamedTuple):
+    """What an objective is made of: sums, so that micro-batches add up."""
+
+    loss_sum: Float[Array, ""]
+    balance_sum: Float[Array, ""]
+    expert_counts: Int[Array, "moe_layers experts"]
+
+
+def objective(
+    model: Model,
+    inputs: Int[Array, "batch seq"],
+    targets: Int[Array, "batch seq"],
+    compute: ComputeConfig,
+    target_count: int | Int[Array, ""],
+    sequence_count: int,
+) -> tuple[Float[Array, ""], Parts]:
+    """This micro-batch's share of the step's objective: mean next-token loss plus the balance loss.
+
+    `target_count` and `sequence_count` are those of the whole step, so that the shares of its micro-batches, and
+    their gradients, add up to the whole batch's, also where micro-batches score different numbers of targets.
+    """
+    output = model(inputs, compute)
+    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+    loss_sum = cross_entropy(hidden, model.embed_tokens.weight[...], targets.reshape(-1), compute.loss_chunk)
+    balance_sum = output.balance_loss.sum()
+    total = loss_sum / target_count + model.config.balance_loss_coef * balance_sum / sequence_count
+    return total, Parts(loss_sum, balance_sum, output.expert_counts)
