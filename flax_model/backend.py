@@ -1,0 +1,336 @@
+"""Training in Flax: the optimizer step, evaluation and checkpoints behind the loop's `Backend` protocol.
+
+- one jitted train step that donates its state; micro-batches run inside it by `lax.scan`
+- gradients of micro-batches add up to the whole batch's, also where they score different numbers of targets
+- optax: clipping by global norm and AdamW as `OptimizerConfig` states them; weight decay by the parameter table
+- the balance bias moves once per step, by counts summed over micro-batches
+- a step whose loss or gradient is not finite changes nothing but the step counter
+- orbax checkpoints, written in the background
+
+Twin of `torch_ref/backend.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flax_model.checkpoint import Checkpoints
+from flax_model.device import describe, resolve_compute, resolve_device
+from flax_model.model import from_values, merge, objective, structure
+from flax_model.moe import updated_balance_bias
+from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.parameters import flax_path, initial_values, parameter_table
+from torch_ref.training_state import FORMAT, LazyArrays, json_copy, require_config, require_state, split_batch
+
+State = dict[str, Any]
+"""What a step changes and a checkpoint holds: `params`, `biases`, `first_moment`, `second_moment` (nested dicts with
+the paths of `parameters.flax_path`), `step` and `updates` (int32)."""
+
+
+class Metrics(NamedTuple):
+    """What a train step reports; the fields of `StepResult` that it computes."""
+
+    loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    applied: Array
+    expert_counts: Int[Array, "moe_layers experts"]
+
+
+class FlaxBackend:
+    """The `Backend` of Flax, on one device. State is unset until `init`, `restore` or `load_state`.
+
+    A float64 run switches JAX to 64-bit types for the whole process. Raises `UserError` for a device, dtype or
+    computation path that is not available.
+    """
+
+    framework = "flax"
+    checkpoint_suffix = ""
+
+    def __init__(
+        self, model_config: ModelConfig, compute: ComputeConfig, optimizer: OptimizerConfig, device: str = "auto"
+    ) -> None:
+        self._device = resolve_device(device)
+        self.model_config = model_config
+        self.compute = resolve_compute(compute, self._device)
+        self.optimizer_config = optimizer
+        if self.compute.param_dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        self._dtype = np.dtype(self.compute.param_dtype)
+        self._graphdef = structure(model_config)
+        mesh = make_mesh([self._device])
+        self._batch_sharding = batch_sharding(mesh)
+        self._abstract = abstract_state(model_config, self._dtype, mesh)
+        self._state: State | None = None
+        self._checkpoints = Checkpoints()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
+        step = partial(
+            train_step,
+            graphdef=self._graphdef,
+            config=model_config,
+            compute=self.compute,
+            optimizer=optimizer,
+            decay=decay_mask(model_config),
+        )
+        # Pinned shardings: a restored or fresh state then meets the same compiled step as the one it returns.
+        self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        self._loss_sum = jax.jit(partial(loss_sum, graphdef=self._graphdef, compute=self.compute))
+
+    @property
+    def device(self) -> str:
+        return describe(self._device)
+
+    @property
+    def steps_done(self) -> int:
+        return int(self._state["step"])
+
+    def init(self, seed: int) -> None:
+        self._state = None
+        _, params, biases = from_values(self.model_config, initial_values(self.model_config, seed), self._dtype)
+        self._set_state(params, biases, None, None, steps=0, updates=0)
+
+    def _set_state(
+        self, params: dict, biases: dict, first: dict | None, second: dict | None, steps: int, updates: int
+    ) -> None:
+        """Take over trees of arrays, emptying them; moments that are None start at zero."""
+        counters = {"step": np.int32(steps), "updates": np.int32(updates)}
+        trees = {"params": params, "biases": biases, "first_moment": first, "second_moment": second, **counters}
+        self._state = {name: place(tree, self._abstract[name]) for name, tree in trees.items()}
+
+    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+        # The schedule is taken on the host, in double precision as torch's is: a sweep over rates compiles nothing.
+        rate = float(self.optimizer_config.schedule(self.steps_done))
+        batch = split_batch(inputs, targets, self.optimizer_config.micro_batch_size)
+        self._state, metrics = self._train_step(
+            self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate)
+        )
+        loss, balance_loss, grad_norm, applied, expert_counts = jax.device_get(metrics)
+        tokens = int((targets != IGNORE).sum())
+        counts = expert_counts.astype(np.int64)
+        return StepResult(float(loss), float(balance_loss), float(grad_norm), rate, tokens, bool(applied), counts)
+
+    def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+        total = 0.0
+        rows = self.optimizer_config.micro_batch_size
+        for micro_inputs, micro_targets in zip(*split_batch(inputs, targets, rows, pad=True), strict=True):
+            total += float(self._loss_sum(self._state["params"], self._state["biases"], micro_inputs, micro_targets))
+        return total, int((targets != IGNORE).sum())
+
+    def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
+        from flax_model.generate import generate
+
+        model = merge(self._graphdef, self._state["params"], self._state["biases"])
+        return generate(model, [prompt], sampling, seed, self.compute)[0]
+
+    def save(self, folder: Path, name: str, meta: dict) -> Path:
+        contents = {
+            "format": FORMAT,
+            "framework": self.framework,
+            "model_config": self.model_config.to_dict(),
+            "step": self.steps_done,
+            "updates": int(self._state["updates"]),
+            "meta": json_copy(meta),
+        }
+        path = Path(folder) / f"{name}{self.checkpoint_suffix}"
+        self._checkpoints.save(path, self._state, contents)
+        return path
+
+    def wait(self) -> None:
+        self._checkpoints.wait()
+
+    def find(self, folder: Path) -> list[tuple[int, Path]]:
+        return self._checkpoints.find(folder)
+
+    def restore(self, path: Path) -> dict:
+        path = Path(path)
+        stored = self._checkpoints.read_meta(path)
+        if stored.get("framework") != self.framework:
+            raise UserError(f"{path}: not a training checkpoint of the Flax trainer")
+        if stored.get("format") != FORMAT:
+            raise UserError(f"{path}: checkpoint format {stored.get('format')}, this version reads {FORMAT}")
+        require_config(stored["model_config"], self.model_config, path)
+        self._checkpoints.check(path, self._abstract)
+        self._state = None  # its memory is needed for the state that comes
+        self._state = self._checkpoints.restore(path, self._abstract)
+        return stored["meta"]
+
+    def delete(self, path: Path) -> None:
+        self._checkpoints.delete(path)
+
+    def snapshot(self) -> Any:
+        return jax.tree.map(lambda leaf: np.array(leaf), self._state)
+
+    def rollback(self, snapshot: Any) -> None:
+        self._state = None
+        self._state = jax.tree.map(place, snapshot, self._abstract)
+
+    def set_schedule(self, schedule: Callable[[Any], Any]) -> None:
+        self.optimizer_config = replace(self.optimizer_config, schedule=schedule)
+
+    def state(self) -> TrainingState:
+        """Arrays are read when asked for: a state is good until the next step."""
+        table = parameter_table(self.model_config)
+
+        def arrays(rows: list, *trees: str) -> LazyArrays:
+            return LazyArrays([row.name for row in rows], partial(self._read, trees))
+
+        trainable = [row for row in table if row.trainable]
+        return TrainingState(
+            self.model_config,
+            arrays(list(table), "params", "biases"),
+            arrays(trainable, "first_moment"),
+            arrays(trainable, "second_moment"),
+            step=self.steps_done,
+            updates=int(self._state["updates"]),
+        )
+
+    def _read(self, trees: tuple[str, ...], name: str) -> np.ndarray:
+        """One row of the table from the first of `trees` that holds it, copied to the host."""
+        path, index = flax_path(self.model_config, name)
+        for tree in trees:
+            leaf = self._state[tree]
+            for key in path:
+                leaf = leaf.get(key) if isinstance(leaf, dict) else None
+            if leaf is not None:
+                return np.array(leaf if index is None else _take(leaf, index))
+        raise KeyError(name)
+
+    def load_state(self, state: TrainingState) -> None:
+        require_state(state, self.model_config)
+        self._state = None
+        params, biases = self._stack(state.weights)
+        has_moments = state.first_moment is not None
+        first, second = (state.first_moment, state.second_moment) if has_moments else (None, None)
+        self._set_state(
+            params,
+            biases,
+            self._stack(first)[0] if has_moments else None,
+            self._stack(second)[0] if has_moments else None,
+            steps=state.step if has_moments else 0,
+            updates=state.updates if has_moments else 0,
+        )
+
+    def _stack(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
+        """Arrays by the table's names as (params, biases); moments have no biases, which are then zero."""
+        rows = parameter_table(self.model_config)
+        values = ((row, arrays[row.name] if row.name in arrays else np.zeros(row.shape)) for row in rows)
+        return from_values(self.model_config, values, self._dtype)[1:]
+
+    def close(self) -> None:
+        self._checkpoints.close()
+
+
+def abstract_state(config: ModelConfig, dtype: np.dtype, mesh: jax.sharding.Mesh) -> State:
+    """Shape, dtype and sharding of every array of a training state."""
+    params, biases = abstract_parameters(config, dtype, mesh)
+    counter = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+    moments = {"first_moment": params, "second_moment": params}
+    return {"params": params, "biases": biases, **moments, "step": counter, "updates": counter}
+
+
+def place(tree: Any, abstract: Any) -> Any:
+    """Copy host arrays to their devices, into memory that a step may overwrite. A nested dict is emptied on the way, so
+    that only one tensor exists twice at a time; None stands for zeros."""
+    if isinstance(abstract, dict):
+        return {key: place(None if tree is None else tree.pop(key), leaf) for key, leaf in abstract.items()}
+    if tree is None:
+        return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+    return jax.device_put(jnp.array(tree, abstract.dtype, copy=True), abstract.sharding)
+
+
+@jax.jit
+def _take(stacked: Array, layer: Int[Array, ""]) -> Array:
+    return stacked[layer]
+
+
+def train_step(
+    state: State,
+    inputs: Int[Array, "micro_batches micro_batch seq"],
+    targets: Int[Array, "micro_batches micro_batch seq"],
+    rate: Float[Array, ""],
+    *,
+    graphdef: nnx.GraphDef,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    optimizer: OptimizerConfig,
+    decay: dict,
+) -> tuple[State, Metrics]:
+    """One optimizer step with learning rate `rate`; a pure function of its arguments. `decay` is a tree of bools like
+    the parameters'."""
+    micro_batches, micro_batch, _ = inputs.shape
+    target_count, sequence_count = (targets != IGNORE).sum(), micro_batches * micro_batch
+    params, biases = state["params"], state["biases"]
+
+    def share(params, inputs, targets):
+        return objective(merge(graphdef, params, biases), inputs, targets, compute, target_count, sequence_count)
+
+    gradient = jax.grad(share, has_aux=True)
+    if micro_batches == 1:
+        gradients, parts = gradient(params, inputs[0], targets[0])
+    else:
+
+        def accumulate(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(params, *micro)), None
+
+        shapes = jax.eval_shape(gradient, params, inputs[0], targets[0])
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (gradients, parts), _ = jax.lax.scan(accumulate, zeros, (inputs, targets))
+
+    loss, balance_loss = parts.loss_sum / target_count, parts.balance_sum / sequence_count
+    grad_norm = optax.global_norm(gradients)
+    applied = jnp.isfinite(loss) & jnp.isfinite(balance_loss) & jnp.isfinite(grad_norm)
+    updated = {
+        "biases": jax.tree.map(
+            lambda bias: updated_balance_bias(bias, parts.expert_counts, config.balance_bias_rate), biases
+        ),
+        **adamw(state, gradients, rate, optimizer, decay),
+    }
+    kept = {name: state[name] for name in updated}
+    new_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, kept)
+    metrics = Metrics(loss, balance_loss, grad_norm, applied, parts.expert_counts)
+    return {**new_state, "step": state["step"] + 1}, metrics
+
+
+def adamw(state: State, gradients: dict, rate: Float[Array, ""], optimizer: OptimizerConfig, decay: dict) -> State:
+    """Parameters, moments and update count after an update with these gradients. optax's own `adamw` would count the
+    schedule's position in updates; the loop counts steps, skipped ones included, so the rate is applied here."""
+    params = state["params"]
+    clip = optax.clip_by_global_norm(optimizer.grad_clip)
+    gradients, _ = clip.update(gradients, clip.init(params))
+    adam = optax.scale_by_adam(*optimizer.betas, optimizer.eps)
+    moments = optax.ScaleByAdamState(state["updates"], state["first_moment"], state["second_moment"])
+    updates, moments = adam.update(gradients, moments)
+    weight_decay = optax.add_decayed_weights(optimizer.weight_decay, mask=decay)
+    updates, _ = weight_decay.update(updates, weight_decay.init(params), params)
+    return {
+        "params": jax.tree.map(lambda param, update: param - rate * update, params, updates),
+        "first_moment": moments.mu,
+        "second_moment": moments.nu,
+        "updates": moments.count,
+    }
+
+
+def loss_sum(
+    params: dict,
+    biases: dict,
+    inputs: Int[Array, "batch seq"],
+    targets: Int[Array, "batch seq"],
+    *,
+    graphdef: nnx.GraphDef,
+    compute: ComputeConfig,
+) -> Float[Array, ""]:
+    """Sum of the next-token losses in nats."""
+    return objective(merge(graphdef, params, biases), inputs, targets, compute, 1, 1)[1].loss_sum

@@ -1,0 +1,71 @@
+"""Where JAX computes: which device, in which precision, and by which attention and expert paths.
+
+On Ampere and later GPUs JAX multiplies float32 matrices in TF32 unless told otherwise, and torch does not: set the
+environment variable JAX_DEFAULT_MATMUL_PRECISION=highest where float32 runs of the two are to be compared on a GPU.
+Twin of `torch_ref/device.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+
+import jax
+
+from flax_model.attention import ATTENTION_PATHS
+from flax_model.moe import EXPERT_PATHS
+from torch_ref.config import ComputeConfig
+from torch_ref.interface import UserError
+from torch_ref.memory import host_memory_available
+
+
+def resolve_device(name: str) -> jax.Device:
+    """`auto` is what JAX prefers: a GPU if there is one. Raises `UserError` where the device is not there."""
+    if name == "auto":
+        return jax.devices()[0]
+    kind = {"cuda": "gpu"}.get(name, name)
+    try:
+        return jax.devices(kind)[0]
+    except RuntimeError as error:
+        usable = ", ".join(sorted({"cpu", jax.default_backend()}))
+        hint = "; python -m torch_ref.train trains on MPS" if name == "mps" else ""
+        raise UserError(f"--device {name}: not available to this JAX; here it can use {usable}{hint}") from error
+
+
+def describe(device: jax.Device) -> str:
+    """The device in words, for the log."""
+    if device.platform == "cpu":
+        return f"CPU ({platform.machine()}, {os.cpu_count()} threads), jax {jax.__version__}"
+    return f"{device.device_kind}, jax {jax.__version__}"
+
+
+def default_dtype(device: jax.Device) -> str:
+    """Compute dtype of `--dtype auto`: bfloat16 on a GPU, float32 on the CPU."""
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def available_memory(device: jax.Device) -> int | None:
+    """Bytes that can still be taken on the device (None where it does not say)."""
+    if device.platform == "cpu":
+        return host_memory_available()
+    stats = device.memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+
+
+def resolve_compute(compute: ComputeConfig, device: jax.Device) -> ComputeConfig:
+    """`auto` paths replaced by the device's. Raises `UserError` on a path or dtype that does not exist there."""
+    on_cpu = device.platform == "cpu"
+    if compute.dtype == "float64" and not on_cpu:
+        raise UserError("--dtype float64: only on the CPU; use --device cpu")
+    attention, moe = compute.attention, compute.moe
+    if attention == "auto":
+        attention = "cudnn" if device.platform == "gpu" and compute.dtype == "bfloat16" else "blocked"
+    if moe == "auto":
+        moe = "grouped" if on_cpu else "blocks"
+    for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
+        if path not in paths:
+            raise UserError(f"--{option} {path}: Flax has {', '.join(paths)}")
+    if attention == "cudnn" and (compute.dtype != "bfloat16" or device.platform != "gpu"):
+        raise UserError("--attention cudnn: needs --dtype bfloat16 and an NVIDIA GPU; use --attention blocked")
+    return dataclasses.replace(compute, attention=attention, moe=moe)

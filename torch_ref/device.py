@@ -1,0 +1,184 @@
+"""Where torch computes: which device, in which precision, and by which attention and expert paths.
+
+On Apple's MPS several fused operations have been wrong in released versions of torch, in ways that no error shows. So
+there the paths avoid what is known (an explicit mask, padded values, static shapes), and before training they are
+compared, on the device itself, with the plain paths on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import warnings
+
+import torch
+from torch import Tensor
+
+from torch_ref.attention import ATTENTION_PATHS, attend_plain
+from torch_ref.config import ComputeConfig
+from torch_ref.interface import UserError
+from torch_ref.memory import host_memory_available
+from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU. Raises `UserError` where the device asked for is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    kind = name.partition(":")[0]
+    if not present.get(kind, False):
+        usable = ", ".join(kind for kind, there in present.items() if there)
+        raise UserError(f"--device {name}: not available to this torch; here it can use {usable}")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the log."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    if device.type == "mps":
+        return f"Apple MPS, torch {torch.__version__}"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}"
+
+
+def default_dtype(device: torch.device) -> str:
+    """Compute dtype of `--dtype auto`: bfloat16 on a CUDA device that has it, float32 elsewhere."""
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device (None where it does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return host_memory_available()
+
+
+def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
+    """`auto` paths replaced by the device's. Raises `UserError` on a path or dtype that does not exist there."""
+    on_mps = device.type == "mps"
+    if on_mps and compute.dtype == "float64":
+        raise UserError("--dtype float64: MPS has no float64; use --device cpu")
+    attention, moe = compute.attention, compute.moe
+    if attention == "auto":
+        attention = "masked" if on_mps else "sdpa"
+    if moe == "auto":
+        moe = "blocks" if on_mps else "grouped"
+    for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
+        if path not in paths:
+            raise UserError(f"--{option} {path}: torch has {', '.join(paths)}")
+    compute = dataclasses.replace(compute, attention=attention, moe=moe)
+    return self_checked(compute, device) if on_mps else compute
+
+
+def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
+    """The same settings, with a path that fails its check on this device replaced, with a warning, by the plain one.
+    Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
+    for option, plain, check in (("attention", "plain", attention_error), ("moe", "dense", experts_error)):
+        path = getattr(compute, option)
+        problem = check(path, compute.dtype, device)
+        if problem and path != plain:
+            warnings.warn(
+                f"--{option} {path} is wrong on {describe(device)}: {problem}; using the slower {plain}", stacklevel=2
+            )
+            compute = dataclasses.replace(compute, **{option: plain})
+            path, problem = plain, check(plain, compute.dtype, device)
+        if problem:
+            raise UserError(
+                f"--device {device.type}: even --{option} {path} is wrong on {describe(device)}: {problem}; "
+                "use --device cpu or another version of torch"
+            )
+    if problem := optimizer_error(device):
+        raise UserError(f"--device {device.type}: {problem}; use --device cpu or another version of torch")
+    return compute
+
+
+def attention_error(path: str, dtype: str, device: torch.device) -> str | None:
+    """Why an attention path cannot be trusted on `device`, or None: no position may see a later one, and output and
+    gradients must be those of the plain path on the CPU. Key and value sizes differ, as in the model."""
+    generator = torch.Generator().manual_seed(0)
+    for seq in (1, 2, 5, 64, 96):
+        shapes = ((2, seq, 6, 24), (2, seq, 2, 24), (2, seq, 2, 16), (2, seq, 6, 16))
+        *operands, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
+        operands = [operand.to(getattr(torch, dtype)) for operand in operands]
+
+        def attend(function, operands, device, upstream=upstream):
+            return _with_gradients(lambda q, k, v: function(q, k, v, 24**-0.5), operands, upstream, device)
+
+        got = attend(ATTENTION_PATHS[path], operands, device)
+        if problem := _difference(got, attend(attend_plain, operands, torch.device("cpu")), dtype):
+            return f"{problem} at length {seq}"
+        half = seq // 2
+        changed = [torch.cat((operand[:, :half], -operand[:, half:]), dim=1) for operand in operands]
+        seen = attend(ATTENTION_PATHS[path], changed, device)[0]
+        if half and _difference([seen[:, :half]], [got[0][:, :half]], dtype):
+            return f"later tokens leak into earlier ones at length {seq}"
+    return None
+
+
+def experts_error(path: str, dtype: str, device: torch.device) -> str | None:
+    """Why an expert path cannot be trusted on `device`, or None: output and gradients must be those of all experts on
+    all tokens on the CPU, with an expert that gets every token and one that gets none."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, hidden, ffn = 150, 5, 24, 40
+    shapes = (
+        (tokens, hidden),
+        (experts, ffn, hidden),
+        (experts, ffn, hidden),
+        (experts, hidden, ffn),
+        (tokens, hidden),
+    )
+    *operands, upstream = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
+    operands = [operands[0].to(getattr(torch, dtype)), *operands[1:]]
+    scores = torch.rand(tokens, experts, generator=generator)
+    scores[:, 1], scores[:, 3] = 2.0, -1.0
+    chosen = top_k(scores, 2)
+    weights = torch.rand(tokens, 2, generator=generator)
+
+    def run(function, device):
+        def apply(x, weights, gate, up, down):
+            return function(x, Routing(chosen.to(device), weights, scores.to(device)), gate, up, down, False)
+
+        return _with_gradients(apply, [operands[0], weights, *operands[1:]], upstream, device)
+
+    return _difference(run(EXPERT_PATHS[path], device), run(experts_dense, torch.device("cpu")), dtype)
+
+
+def optimizer_error(device: torch.device) -> str | None:
+    """In-place updates have silently done nothing on some devices: whether a step of AdamW moves every weight."""
+    weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused_adamw(device))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return None if bool((weight < 1).all()) else "AdamW does not move the weights there"
+
+
+def fused_adamw(device: torch.device) -> bool:
+    """Whether to use torch's one-kernel AdamW: on MPS its plain form is the better tested one."""
+    return device.type in ("cpu", "cuda")
+
+
+def _with_gradients(function, operands: list[Tensor], upstream: Tensor, device: torch.device) -> list[Tensor]:
+    """Output of `function`, and the gradients of its operands for an upstream gradient, all on the CPU."""
+    leaves = [operand.to(device).detach().clone().requires_grad_() for operand in operands]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(device=device, dtype=out.dtype))
+    return [tensor.detach().cpu() for tensor in (out, *gradients)]
+
+
+def _difference(got: list[Tensor], expected: list[Tensor], dtype: str) -> str | None:
+    """The first error that is larger than rounding explains, relative to the largest expected value."""
+    tolerance = 4e-2 if dtype == "bfloat16" else 1e-4
+    scale = max(float(tensor.abs().max()) for tensor in expected if tensor.numel())
+    for what, a, b in zip(("output", *["gradient"] * len(got)), got, expected, strict=False):
+        error = float((a.double() - b.double()).abs().max()) / scale if a.numel() else 0.0
+        if not error <= tolerance:
+            return f"{what} off by {error:.1e} of the largest value"
+    return None
