@@ -1,0 +1,179 @@
+"""Options from a preset, a TOML file and the command line, in this order of precedence: preset < `--config FILE.toml`
+< flags. Every mistake is refused in one line that names the option or the file.
+
+`python -m train.command_line` prints the README's table of settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import itertools
+import json
+import textwrap
+import tomllib
+import types
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from torch_ref.config import PRESETS, ModelConfig, SpecificationError
+from torch_ref.interface import UserError
+from train.options import GROUPS, SECTIONS, Options, RunOptions, flag
+
+
+def parse(argv: Sequence[str], prog: str) -> Options:
+    """Options from the command line, with preset and config file below it. Raises `UserError`; `--help` exits."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset")
+    early.add_argument("--config", type=Path)
+    chosen, _ = early.parse_known_args(argv)
+    file_values = _read_toml(chosen.config) if chosen.config else {}
+    values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
+    values = _overlay(values, file_values, str(chosen.config))
+    return _parse_flags(argv, prog, values)
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """Values for `Options` of a preset. Raises `UserError` listing the presets when there is none of that name."""
+    folder = resources.files("train") / "presets"
+    names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    if preset not in names:
+        raise UserError(f"--preset {preset}: there are {', '.join(names)}")
+    toml = tomllib.loads((folder / f"{preset}.toml").read_text(encoding="utf-8"))
+    return _overlay({"preset": preset}, toml, f"preset {preset}")
+
+
+def _overlay(values: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:
+    """`values` with a TOML document over it. In `[model]`, `preset` names sizes that the other keys then override."""
+    layer = dict(layer)
+    sizes = layer.pop("model", {})
+    if not isinstance(sizes, dict):
+        raise UserError(f"{source}: model must be a table [model]")
+    sizes = dict(sizes)
+    model = values.get("model", ModelConfig())
+    if "preset" in sizes:
+        name = sizes.pop("preset")
+        if name not in PRESETS:
+            raise UserError(f"{source}: [model] preset {name!r}: there are {', '.join(PRESETS)}")
+        model = PRESETS[name]
+    try:
+        model = dataclasses.replace(model, **_checked(sizes, ModelConfig, f"{source} [model]"))
+    except SpecificationError as error:
+        raise UserError(f"{source} [model]: {error}") from None
+    return values | _checked(layer, Options, source) | {"model": model}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not TOML: {error}") from None
+
+
+def _checked(values: dict[str, Any], owner: type, source: str) -> dict[str, Any]:
+    """TOML values with the types of `owner`'s fields. Raises `UserError` naming an unknown key or a wrong type."""
+    hints = get_type_hints(owner)
+    checked = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{source}: unknown setting {name!r}{_did_you_mean(name, hints)}")
+        for hint in _alternatives(hints[name]):
+            if get_origin(hint) is Literal and value in get_args(hint) or type(value) is hint:
+                checked[name] = value
+            elif hint is float and type(value) is int:
+                checked[name] = float(value)
+            elif hint is Path and type(value) is str:
+                checked[name] = Path(value)
+        if name not in checked:
+            expected = " or ".join(getattr(hint, "__name__", None) or str(hint) for hint in _alternatives(hints[name]))
+            raise UserError(f"{source}: {name} = {json.dumps(value, default=str)}: must be {expected}")
+    return checked
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union without None, or the one type."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(member for member in members if member is not type(None))
+
+
+def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Options:
+    """`values` with the flags of `argv` over them. To tyro each group is a nested dataclass, which is how `--help`
+    gets a heading per group; the group's name is left out of the flags."""
+    groups = {group.__name__.removesuffix("Options").removesuffix("Config").lower(): group for group in GROUPS}
+    arguments = dataclasses.make_dataclass("Arguments", groups.items(), frozen=True)
+    defaults = [
+        group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
+        for group in SECTIONS
+    ]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                arguments,
+                prog=prog,
+                description="Train the model. The same command again resumes the run.",
+                args=list(argv),
+                default=arguments(*defaults, values["model"]),
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(_first_sentence(said.getvalue())) from None
+        raise
+    if unknown:
+        flags = [flag(field.name) for group in GROUPS for field in dataclasses.fields(group)]
+        raise UserError(f"unknown option {unknown[0]}{_did_you_mean(unknown[0], flags)}; --help lists them all")
+    *sections, model = (getattr(parsed, name) for name in groups)
+    return Options(**{name: value for section in sections for name, value in vars(section).items()}, model=model)
+
+
+def _first_sentence(box: str) -> str:
+    """The message in tyro's error box, which ends at the first rule, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((number for number, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+    return " ".join(lines[:end]).removeprefix("Error parsing ")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def settings_table() -> str:
+    """The README's table of settings, in Markdown: flag, default, meaning, and whether a resumed run may change it."""
+    lines = []
+    for group in GROUPS:
+        described = _field_docstrings(group)
+        lines += [f"\n**{(group.__doc__ or '').splitlines()[0].rstrip('.')}**\n", "| flag | default | meaning |"]
+        lines += ["|---|---|---|"]
+        for field in dataclasses.fields(group):
+            fixed = group is ModelConfig or field.metadata.get("trajectory")
+            meaning = described.get(field.name, "").replace("|", "\\|")
+            lines.append(f"| `{flag(field.name)}`{' *' if fixed else ''} | `{field.default}` | {meaning} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _field_docstrings(group: type) -> dict[str, str]:
+    """The string below each field of a dataclass, on one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+if __name__ == "__main__":
+    print(settings_table(), end="")

@@ -1,0 +1,56 @@
+"""Train with JAX and Flax: `python -m train.flax_main --preset tiny`. `--help` lists every setting.
+
+The twin of `torch_ref/train.py`: same flags, same log, same numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch_ref.interface import Backend, UserError
+from torch_ref.storage import TensorSpec, TensorWriter
+from train.launch import launch, settle
+from train.loop import FINAL_WEIGHTS
+from train.options import Options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say; returns the exit code."""
+    return launch(argv, "python -m train.flax_main", "flax", build, write_weights)
+
+
+def build(options: Options) -> tuple[Options, Backend]:
+    """The Flax backend, and the options with everything that depends on the device settled."""
+    try:
+        import jax
+    except ImportError:
+        raise UserError(
+            "JAX is not installed: pip install -e '.[jax]' (or train with python -m torch_ref.train)"
+        ) from None
+    if options.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)  # before anything is computed
+
+    from flax_model.backend import FlaxBackend
+    from flax_model.device import available_memory, default_dtype, resolve_device
+
+    device = resolve_device(options.device)
+    options = settle(options, default_dtype(device), available_memory(device))
+    return options, FlaxBackend(options.model, options.compute, options.optimizer, options.device)
+
+
+def write_weights(run_dir: Path, backend: Backend) -> Path:
+    """The final weights as one safetensors file, by the names of the parameter table."""
+    weights = backend.state().weights
+    path = run_dir / f"{FINAL_WEIGHTS}.safetensors"
+    partial = path.with_suffix(".partial")
+    specs = [TensorSpec(name, tuple(array.shape), str(array.dtype)) for name, array in weights.items()]
+    with TensorWriter(partial, specs) as writer:
+        for name, array in weights.items():
+            writer.write(name, array)
+    return partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

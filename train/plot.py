@@ -1,0 +1,228 @@
+"""Curves of runs in one picture: `python -m train.plot RUN [RUN ...] [--output FILE.png]`.
+
+Several runs lie over each other (torch over Flax, one seed over another); each has a heat map of its expert load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from torch_ref.interface import UserError
+from train.runlog import read_metrics
+
+COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+}
+HEAT_MAP_COLUMNS = 300
+"""Steps are averaged so that a heat map has at most so many columns."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Curves:
+        records = read_metrics(run_dir)
+        steps = [record for record in records if record["kind"] == "step"]
+        if not steps:
+            raise UserError(f"{run_dir}: no step has been logged yet")
+        return cls(Path(run_dir).resolve().name, steps, [r for r in records if r["kind"] == "validation"])
+
+    def column(self, name: str) -> Float[np.ndarray, " steps"]:
+        """One value of every step; null becomes NaN."""
+        return np.array([step[name] for step in self.steps], dtype=float)
+
+
+def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
+    """Draw the runs into one PNG and return its path. Raises `UserError` for a folder that is not a run's."""
+    runs = [Curves.read(run_dir) for run_dir in run_dirs]
+    heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12, 7.2 + 2.9 * len(heat_maps)), layout="constrained")
+        curves, *maps = np.atleast_1d(
+            figure.subfigures(1 + len(heat_maps), 1, height_ratios=[7.2] + [2.9] * len(heat_maps), hspace=0.02)
+        )
+        _draw_curves(curves, runs)
+        for place, run in zip(maps, heat_maps, strict=True):
+            _draw_expert_load(place, run)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=130)
+    return output
+
+
+def _draw_curves(figure: SubFigure, runs: list[Curves]) -> None:
+    grid = figure.add_gridspec(2, 3, height_ratios=[2, 1])
+    loss = figure.add_subplot(grid[0, :])
+    rate, speed, norm = (figure.add_subplot(grid[1, column]) for column in range(3))
+    for run, color in zip(runs, np.resize(COLORS, len(runs)), strict=True):
+        step = run.column("step")
+        _draw_loss(loss, run, color)
+        rate.plot(step, run.column("learning_rate"), color=color, linewidth=1.6)
+        _draw_noisy(speed, step, run.column("tokens_per_second"), color)
+        _draw_noisy(norm, step, run.column("grad_norm"), color)
+    _shade_extended_phase([loss, rate, speed, norm], runs)
+    loss.set(title="Loss, nats per token", xlabel="step", ylim=_loss_limits(runs))
+    loss.legend(ncols=max(1, len(runs) // 3 + 1), loc="upper right")
+    rate.set(title="Learning rate", xlabel="step", ylim=(0, None))
+    speed.set(title="Tokens per second", xlabel="step", ylim=(0, None))
+    norm.set(title="Gradient norm, before clipping", xlabel="step", yscale="log")
+
+
+def _draw_loss(axes: Axes, run: Curves, color: str) -> None:
+    step, loss = run.column("step"), run.column("loss")
+    _draw_noisy(axes, step, loss, color, label=f"{run.name}: training")
+    if run.validations:
+        at = [record["step"] for record in run.validations]
+        values = np.array([record["loss"] for record in run.validations], dtype=float)
+        best = "" if np.isnan(values).all() else f", best {np.nanmin(values):.3f}"
+        axes.plot(
+            at,
+            values,
+            color=color,
+            marker="o",
+            markersize=5,
+            markeredgecolor="white",
+            linestyle=":",
+            linewidth=1.2,
+            label=f"{run.name}: validation{best}",
+        )
+    skipped = step[run.column("applied") == 0]
+    if len(skipped):
+        axes.plot(
+            skipped,
+            np.full(len(skipped), 0.03),
+            transform=axes.get_xaxis_transform(),
+            color=color,
+            marker="x",
+            linestyle="none",
+            label=f"{run.name}: skipped steps",
+        )
+
+
+def _draw_noisy(axes: Axes, step: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+    """The values themselves, faint, under their running mean."""
+    axes.plot(step, values, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(step, running_mean(values), color=color, linewidth=1.8, label=label)
+
+
+def running_mean(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
+    """Centred mean over about a fiftieth of the run, narrower at both ends; NaN is left out."""
+    half = len(values) // 100
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    low, high = index - reach, index + reach + 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+
+
+def _loss_limits(runs: list[Curves]) -> tuple[float, float]:
+    """All of the curves but the spikes."""
+    losses = np.concatenate([run.column("loss") for run in runs])
+    losses = losses[np.isfinite(losses)]
+    if not len(losses):
+        return 0.0, 1.0
+    low, high = losses.min(), min(losses.max(), losses[0] * 1.1)
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def _shade_extended_phase(all_axes: list[Axes], runs: list[Curves]) -> None:
+    extended = [step["step"] for run in runs for step in run.steps if step["phase"] == "extended"]
+    for axes in all_axes:
+        if extended:
+            axes.axvspan(min(extended) - 1, max(extended), color="#f3efe4", zorder=0)
+        axes.margins(x=0.01)
+    if extended:
+        all_axes[0].annotate(
+            "extended phase",
+            (max(extended), 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color="#8a7f66",
+            fontsize=8,
+        )
+
+
+def _draw_expert_load(figure: SubFigure, run: Curves) -> None:
+    """A band of rows per layer, a row per expert: its share of the tokens, relative to an equal share."""
+    axes = figure.add_subplot()
+    load = expert_load(run)
+    layers, experts = len(run.steps[0]["expert_counts"]), len(run.steps[0]["expert_counts"][0])
+    image = axes.imshow(
+        np.log2(load.clip(2**-4)),
+        aspect="auto",
+        cmap="RdBu_r",
+        vmin=-2,
+        vmax=2,
+        interpolation="nearest",
+        extent=(run.steps[0]["step"] - 0.5, run.steps[-1]["step"] + 0.5, layers * experts, 0),
+    )
+    for boundary in range(1, layers):
+        axes.axhline(boundary * experts, color="white", linewidth=1.5 if layers <= 12 else 0.6)
+    labelled = range(0, layers, 1 if layers <= 12 else 5)
+    axes.set_yticks([(layer + 0.5) * experts for layer in labelled], [str(layer) for layer in labelled])
+    axes.set(title=f"Expert load, {run.name}", xlabel="step", ylabel=f"layer, {experts} experts each")
+    axes.grid(False)
+    bar = figure.colorbar(image, ax=axes, ticks=[-2, -1, 0, 1, 2], pad=0.01, aspect=14)
+    bar.ax.set_yticklabels(["¼", "½", "equal", "2x", "4x"])
+    bar.outline.set_visible(False)
+
+
+def expert_load(run: Curves) -> Float[np.ndarray, "rows columns"]:
+    """Each expert's tokens over the layer's mean, layers and experts down, steps across."""
+    counts = np.array([step["expert_counts"] for step in run.steps], dtype=float)
+    columns = np.array_split(np.arange(len(counts)), min(len(counts), HEAT_MAP_COLUMNS))
+    summed = np.stack([counts[column].sum(axis=0) for column in columns])
+    load = summed / summed.mean(axis=2, keepdims=True).clip(1e-9)
+    return load.reshape(len(columns), -1).T
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draw runs into one picture.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=Path, help="PNG to write; by default plot.png in the first run's folder")
+    arguments = parser.parse_args(argv)
+    default = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
+    try:
+        print(plot_runs(arguments.runs, arguments.output or arguments.runs[0] / default))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

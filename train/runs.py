@@ -1,0 +1,128 @@
+"""A list of runs: `python -m train.runs [FOLDER]` shows each run folder below FOLDER (by default `runs`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torch_ref.interface import UserError
+from train.overview import size_in_words
+from train.runlog import METRICS, read_metrics
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run folder. Losses are nats per token; a run that has not come so far has None."""
+
+    folder: Path
+    preset: str
+    step: int
+    steps: int | None
+    """Of both phases."""
+    loss: float | None
+    best_validation: float | None
+    tokens_seen: int
+    size: int
+    """Bytes of all its files."""
+    state: str
+    """complete, interrupted, diverged, data error; running; or stopped: it ended without a word."""
+
+
+def summarize(folder: Path) -> RunSummary:
+    """Read one run folder. Raises `UserError` if it is none."""
+    records = read_metrics(folder)
+    steps = [record for record in records if record["kind"] == "step"]
+    last = steps[-1] if steps else {"step": 0, "loss": None, "tokens_seen": 0}
+    validations = [r["loss"] for r in records if r["kind"] == "validation" and r["loss"] is not None]
+    settings = _settings(folder)
+    planned = settings["steps"] + settings["extended_steps"] if settings else None
+    ended = records[-1]["state"] if records and records[-1]["kind"] == "end" else "stopped"
+    return RunSummary(
+        folder=folder,
+        preset=settings.get("preset", "?"),
+        step=last["step"],
+        steps=planned,
+        loss=last["loss"],
+        best_validation=min(validations, default=None),
+        tokens_seen=last["tokens_seen"],
+        size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        state="running" if is_training(folder) else ended,
+    )
+
+
+def is_training(folder: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def _settings(folder: Path) -> dict:
+    try:
+        return tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError):
+        return {}
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Run folders in and below a folder, in order of their names."""
+    yield from sorted(metrics.parent for metrics in folder.rglob(METRICS))
+
+
+def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("preset")
+    for name in ("step", "loss", "best validation", "tokens", "size"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for run in runs:
+        table.add_row(
+            str(run.folder.relative_to(root)) if run.folder != root else run.folder.name,
+            run.preset,
+            f"{run.step} / {run.steps}" if run.steps else str(run.step),
+            _loss(run.loss),
+            _loss(run.best_validation),
+            f"{run.tokens_seen:,}",
+            size_in_words(run.size),
+            run.state,
+        )
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.runs", description="List runs.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
+    folder = parser.parse_args(argv).folder
+    try:
+        runs = [summarize(run) for run in find_runs(folder)]
+        if not runs:
+            raise UserError(f"{folder}: no run in it or below it")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    # Piped into a file or another program, lines must not be folded to a terminal's width.
+    console.print(table_of(runs, folder), width=None if console.is_terminal else 160)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
