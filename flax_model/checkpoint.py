@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_model.sharding import tree_bytes
@@ -92,6 +93,16 @@ class Checkpoints:
             state = self._checkpointer.restore(Path(path).absolute(), args=items)["state"]
         require_tensors(_shapes(state), _shapes(abstract), path)
         return state
+
+    def read_parts(self, path: Path, *names: str) -> dict:
+        """Some of a state's trees (`params`, ...) in NumPy arrays of the stored types, for conversion: it needs neither
+        the device nor the memory of the whole state."""
+        with _named_errors(path):
+            stored = self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
+            wanted = {name: stored[name] for name in names}
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            part = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+            return self._checkpointer.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
 
     def delete(self, path: Path) -> None:
         self.wait()

@@ -60,6 +60,12 @@ def is_version_4(transformers) -> bool:
     return transformers.__version__.startswith("4.")
 
 
+def imported(folder: Path):
+    """Config of a folder, and its rows with their values as `Model.load_values` takes them."""
+    config, arrays = import_folder(folder)
+    return config, ((row, arrays[row.name]) for row in parameter_table(config))
+
+
 def load(folder: Path, **settings):
     """The folder as `transformers` loads it, and what it said about the keys."""
     transformers = pytest.importorskip("transformers")
@@ -254,7 +260,7 @@ def test_bfloat16_export_keeps_router_and_bias_in_float32(tmp_path):
         np.testing.assert_array_equal(
             gate.e_score_correction_bias.numpy(), expected["layers.0.mlp.router.balance_bias"]
         )
-    read = {row.name: value for row, value in import_folder(tmp_path / "out")[1]}
+    read = {row.name: value for row, value in imported(tmp_path / "out")[1]}
     for name, value in expected.items():
         rounded = value if ".router." in name else from_bfloat16_bits(to_bfloat16_bits(value))
         np.testing.assert_array_equal(read[name], rounded, err_msg=name, strict=True)
@@ -294,7 +300,7 @@ def test_a_large_model_is_split_into_files(tmp_path):
     assert one.keys() == many.keys() and all(np.array_equal(one[key], many[key]) for key in one)
     _, info = load(tmp_path / "many")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    config, values = import_folder(tmp_path / "many")
+    config, values = imported(tmp_path / "many")
     assert_same(values, values_with_bias(config))
 
 
@@ -349,7 +355,7 @@ def assert_same(values, expected) -> None:
 def test_our_export_comes_back_bitwise(tmp_path, name):
     config = VARIANTS[name]
     export_folder(tmp_path / "out", config, values_with_bias(config))
-    back, values = import_folder(tmp_path / "out")
+    back, values = imported(tmp_path / "out")
     assert back == config
     assert_same(values, values_with_bias(config))
 
@@ -359,7 +365,7 @@ def test_float64_comes_back_bitwise(tmp_path):
         return ((row, value + np.float64(1e-12)) for row, value in values_with_bias(SMALL))
 
     export_folder(tmp_path / "out", SMALL, precise(), dtype="float64")
-    assert_same(import_folder(tmp_path / "out")[1], precise())
+    assert_same(imported(tmp_path / "out")[1], precise())
 
 
 def test_values_may_come_in_any_order(tmp_path):
@@ -412,7 +418,7 @@ def foreign(folder: Path, rope_theta: float = 10000.0, **changes):
 def test_a_foreign_model_becomes_ours_with_equal_logits(tmp_path, changes):
     torch = pytest.importorskip("torch")
     theirs = foreign(tmp_path / "theirs", **changes)
-    config, values = import_folder(tmp_path / "theirs")
+    config, values = imported(tmp_path / "theirs")
     assert config.num_kv_heads == config.num_heads == 4
     tokens = torch.from_numpy(np.random.default_rng(2).integers(0, 200, (2, 520)))
     with torch.no_grad():
@@ -424,7 +430,7 @@ def test_what_is_saved_by_transformers_from_our_export_comes_back(tmp_path):
     export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
     model, _ = load(tmp_path / "out")
     model.save_pretrained(tmp_path / "tuned")
-    config, values = import_folder(tmp_path / "tuned")
+    config, values = imported(tmp_path / "tuned")
     assert config == dataclasses.replace(SMALL, num_kv_heads=SMALL.num_heads)
     expected = {row.name: value for row, value in values_with_bias(SMALL)}
     for row, value in values:
@@ -477,7 +483,7 @@ def test_a_field_left_out_means_the_default_of_transformers(tmp_path, field):
     del fields[field]
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=field):
-        import_folder(tmp_path / "out")
+        imported(tmp_path / "out")
 
 
 WEIGHT_FAULTS = {
@@ -507,7 +513,7 @@ def test_import_names_the_weights_it_refuses(tmp_path, fault):
     }[fault]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UserError, match=WEIGHT_FAULTS[fault]):
-        import_folder(tmp_path / "out")
+        imported(tmp_path / "out")
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_accepted(tmp_path):
@@ -516,7 +522,7 @@ def test_a_tied_head_that_is_stored_all_the_same_is_accepted(tmp_path):
     export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
     tensors = load_file(tmp_path / "out/model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "out/model.safetensors")
-    assert_same(import_folder(tmp_path / "out")[1], values_with_bias(SMALL))
+    assert_same(imported(tmp_path / "out")[1], values_with_bias(SMALL))
 
 
 def test_groups_that_no_longer_hold_are_refused(tmp_path):
@@ -527,9 +533,9 @@ def test_groups_that_no_longer_hold_are_refused(tmp_path):
     tensors["model.layers.2.self_attn.kv_b_proj.weight"][30, 0] += 1
     save_file(tensors, tmp_path / "out/model.safetensors")
     with pytest.raises(UserError, match=f"layers.2.attention.kv_b_proj.weight.*num_kv_heads = 2.*delete {SIDECAR}"):
-        list(import_folder(tmp_path / "out")[1])
+        list(imported(tmp_path / "out")[1])
     (tmp_path / "out" / SIDECAR).unlink()
-    assert import_folder(tmp_path / "out")[0].num_kv_heads == 6
+    assert imported(tmp_path / "out")[0].num_kv_heads == 6
 
 
 def test_a_sidecar_that_contradicts_config_json_is_refused(tmp_path):
@@ -537,4 +543,4 @@ def test_a_sidecar_that_contradicts_config_json_is_refused(tmp_path):
     other = dataclasses.replace(SMALL, rope_theta=500.0)
     (tmp_path / "out" / SIDECAR).write_text(json.dumps({"model": other.to_dict()}))
     with pytest.raises(UserError, match=f"rope_theta = 500.0, but config.json says 10000.0; delete {SIDECAR}"):
-        import_folder(tmp_path / "out")
+        imported(tmp_path / "out")

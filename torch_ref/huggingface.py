@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch_ref.huggingface_config import DEFAULTS, SIDECAR, read_config, transfo
 from torch_ref.interface import UserError
 from torch_ref.parameters import Parameter, parameter_table
 from torch_ref.storage import TensorReader, TensorSpec, TensorWriter, fresh_folder, read_json, write_json
+from torch_ref.training_state import LazyArrays
 
 _SEGMENTS = {
     "attention": "self_attn",
@@ -196,8 +197,9 @@ def copy_tokenizer(source: Path, target: Path, end_of_text: int, max_position: i
 # Import
 
 
-def import_folder(folder: Path) -> tuple[ModelConfig, Iterator[tuple[Parameter, np.ndarray]]]:
-    """Config and values of a `transformers` DeepseekV3 folder; values are read one row at a time, 16-bit as float32.
+def import_folder(folder: Path) -> tuple[ModelConfig, Mapping[str, np.ndarray]]:
+    """Config and arrays, by our names, of a `transformers` DeepseekV3 folder. An array is read when asked for; 16-bit
+    floats come as float32.
 
     Raises `UserError` naming what is missing, unexpected, of another shape, or not computed by this model; all but a
     difference between the repeated heads of a K/V group is found before the first value is read.
@@ -207,12 +209,8 @@ def import_folder(folder: Path) -> tuple[ModelConfig, Iterator[tuple[Parameter, 
     interleaved = read_json(folder / "config.json").get("rope_interleave", DEFAULTS["rope_interleave"])
     reader = _open_weights(folder)
     _check_keys(folder, config, reader)
-
-    def values() -> Iterator[tuple[Parameter, np.ndarray]]:
-        for row in parameter_table(config):
-            yield row, _imported_value(folder, config, row, reader, interleaved)
-
-    return config, values()
+    rows = {row.name: row for row in parameter_table(config)}
+    return config, LazyArrays(rows, lambda name: _imported_value(folder, config, rows[name], reader, interleaved))
 
 
 def _open_weights(folder: Path) -> TensorReader:

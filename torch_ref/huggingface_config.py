@@ -119,10 +119,14 @@ def read_config(folder: Path) -> ModelConfig:
         )
     if fields.get("head_dim") not in (None, fields.get("qk_rope_head_dim")):
         raise UserError(f"{path}: head_dim = {fields['head_dim']!r} must equal qk_rope_head_dim, the size of RoPE")
-    for field in _SIZES:
-        if field not in fields:
-            raise UserError(f"{path}: {field} is missing")
     stated = {field: fields.get(field, default) for field, default in DEFAULTS.items()}
+    whole_numbers = {field: fields.get(field, "missing") for field in _SIZES}
+    whole_numbers["first_k_dense_replace"] = stated["first_k_dense_replace"]
+    if stated["q_lora_rank"] is not None:
+        whole_numbers["q_lora_rank"] = stated["q_lora_rank"]
+    for field, value in whole_numbers.items():
+        if type(value) is not int:
+            raise UserError(f"{path}: {field} = {value!r}; must be a whole number")
     try:
         config = ModelConfig(
             **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
@@ -133,7 +137,7 @@ def read_config(folder: Path) -> ModelConfig:
             rms_norm_eps=float(stated["rms_norm_eps"]),
             rope_theta=_rope_theta(path, fields),
         )
-    except (SpecificationError, TypeError) as error:
+    except (SpecificationError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     return _with_sidecar(folder, config)
 

@@ -37,6 +37,7 @@ from train.packing import Batch, Data
 from train.plot import plot_runs
 from train.runlog import RULE, RunLog, step_line
 from train.signals import StopSignals
+from train.state_sources import load_checkpoint, read_start
 
 FINAL_WEIGHTS = "deepseek_final"
 
@@ -183,7 +184,7 @@ class Run:
             )
 
     def _restore(self, checkpoint: Path) -> None:
-        meta = self.backend.restore(checkpoint)
+        meta = load_checkpoint(self.backend, checkpoint)
         if self.options.find_lr:
             # The rate that was found when the run began.
             self._use_learning_rate(meta["options"]["learning_rate"])

@@ -4,7 +4,7 @@
     weights.safetensors         every row of the parameter table, balance biases included, by its name
     first_moment.safetensors    the trainable rows; both moments or none
     second_moment.safetensors
-    tokenizer/                  of the run, if it was at hand
+    run/                        of the run it was taken from: settings, tokenizer, identity of the data, metrics
 
 `state.json` is written last and the folder gets its name when whole. Tensors are written and read one at a time.
 """
@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from torch_ref.config import ModelConfig, SpecificationError
 from torch_ref.interface import TrainingState, UserError
 from torch_ref.parameters import Parameter, parameter_table
@@ -26,7 +24,25 @@ from torch_ref.storage import TensorReader, TensorSpec, TensorWriter, fresh_fold
 FORMAT = "smol-deepseek-state"
 VERSION = 1
 TENSORS = ("weights", "first_moment", "second_moment")
-TOKENIZER = "tokenizer"
+RUN = "run"
+RUN_FILES = (
+    "settings.toml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "data.json",
+    "python-docs.jsonl",
+    "metrics.jsonl",
+    "training.logs",
+)
+"""What belongs to a run besides its checkpoints, and goes with it from one framework to the other."""
+
+
+def copy_run_files(source: Path, target: Path) -> None:
+    """Copy those of `RUN_FILES` that are there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def rows_of(config: ModelConfig, name: str) -> list[Parameter]:
@@ -34,11 +50,12 @@ def rows_of(config: ModelConfig, name: str) -> list[Parameter]:
     return [row for row in parameter_table(config) if row.trainable or name == "weights"]
 
 
-def write_state(folder: Path, state: TrainingState, tokenizer: Path | None = None) -> None:
+def write_state(folder: Path, state: TrainingState, run: Path | None = None, dtype: str | None = None) -> None:
     """Write a training state to a new folder; its mappings are asked for one tensor at a time.
 
     Args:
-        tokenizer: a tokenizer folder to take along.
+        run: a folder whose `RUN_FILES` go along.
+        dtype: of the tensors; None keeps the type they have.
 
     Raises:
         UserError: `folder` holds something already.
@@ -47,9 +64,11 @@ def write_state(folder: Path, state: TrainingState, tokenizer: Path | None = Non
     tensors = [name for name in TENSORS if getattr(state, name) is not None]
     with fresh_folder(folder) as partial:
         for name in tensors:
-            _write_tensors(partial / f"{name}.safetensors", rows_of(state.model_config, name), getattr(state, name))
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, partial / TOKENIZER)
+            _write_tensors(
+                partial / f"{name}.safetensors", rows_of(state.model_config, name), getattr(state, name), dtype
+            )
+        if run is not None:
+            copy_run_files(run, partial / RUN)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -62,11 +81,11 @@ def write_state(folder: Path, state: TrainingState, tokenizer: Path | None = Non
         write_json(partial / "state.json", content)
 
 
-def _write_tensors(path: Path, rows: list[Parameter], values: Mapping[str, Any]) -> None:
-    dtype = str(np.asarray(values[rows[0].name]).dtype)
+def _write_tensors(path: Path, rows: list[Parameter], values: Mapping[str, Any], dtype: str | None) -> None:
+    dtype = dtype or str(values[rows[0].name].dtype)
     with TensorWriter(path, [TensorSpec(row.name, row.shape, dtype) for row in rows]) as writer:
         for row in rows:
-            writer.write(row.name, np.asarray(values[row.name]))
+            writer.write(row.name, values[row.name])
 
 
 def is_state(folder: Path) -> bool:

@@ -1,0 +1,143 @@
+"""Convert a training state, or weights, from one form to another:
+
+    python -m train.convert runs/tiny-torch runs/tiny-flax --to flax            go on with the other framework
+    python -m train.convert runs/tiny-torch state --to neutral                  for a machine with neither
+    python -m train.convert runs/tiny-torch exported --to transformers          for `AutoModelForCausalLM`
+    python -m train.convert exported weights --to torch                         a state dict
+
+SOURCE is a run folder, a checkpoint, a neutral folder, a `transformers` folder or a file of final weights. A whole
+state (moments, step counters, balance bias, data cursor, early stopping, settings) becomes a run folder that the other
+main resumes; weights alone become that framework's file of final weights, for `--init-from`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from torch_ref.config import ComputeConfig
+from torch_ref.huggingface import SIDECAR, export_folder
+from torch_ref.interface import Backend, OptimizerConfig, TrainingState, UserError
+from torch_ref.parameters import parameter_table
+from torch_ref.storage import fresh_folder, write_json
+from train.state_io import copy_run_files, write_state
+from train.state_sources import KINDS, Source, locate, open_state
+from train.tokenizer import load_tokenizer
+
+FORMS = ("flax", "torch", "neutral", "transformers")
+
+
+def convert(source: Path, target: Path, form: str, dtype: str | None = None, step: int | None = None) -> Source:
+    """Write what `source` holds to the new folder `target`; returns what was taken.
+
+    Args:
+        form: one of `FORMS`.
+        dtype: of the tensors; None keeps the type they have. `bfloat16` is for `transformers` alone.
+        step: which checkpoint of a run folder; None takes the latest.
+
+    Raises:
+        UserError: the source cannot be read, the target is in use, or the form needs what is not there.
+    """
+    found = locate(source, step)
+    state = open_state(found)
+    if dtype == "bfloat16" and form != "transformers":
+        raise UserError(
+            f"--dtype bfloat16: a training state needs float32; only --to transformers can take it (not {form})"
+        )
+    if form == "transformers":
+        _write_transformers(target, state, found.run, dtype)
+    elif form == "neutral":
+        write_state(target, state, found.run, dtype)
+    else:
+        _write_run(target, state, found.run, form, dtype)
+    return found
+
+
+def _write_transformers(target: Path, state: TrainingState, run: Path | None, dtype: str | None) -> None:
+    tokenizer = run if run is not None and (run / "tokenizer.json").is_file() else None
+    end_of_text = 0 if tokenizer is None else load_tokenizer(str(tokenizer)).eot_id
+    values = ((row, state.weights[row.name]) for row in parameter_table(state.model_config))
+    export_folder(
+        target,
+        state.model_config,
+        values,
+        dtype=dtype or stored_dtype(state),
+        tokenizer=tokenizer,
+        end_of_text=end_of_text,
+    )
+
+
+def stored_dtype(state: TrainingState) -> str:
+    """Type of a state's tensors: `float32`, or `float64` of a float64 run."""
+    return str(state.weights["norm.weight"].dtype)
+
+
+def _write_run(target: Path, state: TrainingState, run: Path | None, framework: str, dtype: str | None) -> None:
+    """A run folder with one checkpoint, or without moments the final weights and the model config."""
+    with fresh_folder(target) as folder, closing(_backend(framework, state, dtype)) as backend:
+        backend.load_state(state)
+        if run is not None:
+            copy_run_files(run, folder)
+        if state.first_moment is None:
+            _write_weights(framework, folder, backend)
+            write_json(folder / SIDECAR, {"model": state.model_config.to_dict()})
+        else:
+            backend.save(folder / "checkpoints", f"step_{state.step}", state.meta)
+            backend.wait()
+
+
+def _backend(framework: str, state: TrainingState, dtype: str | None) -> Backend:
+    """A backend that holds a state and does not train."""
+    compute = ComputeConfig(dtype="float64" if (dtype or stored_dtype(state)) == "float64" else "float32")
+    optimizer = OptimizerConfig(schedule=lambda step: 0.0)
+    try:
+        if framework == "torch":
+            from torch_ref.backend import TorchBackend
+
+            return TorchBackend(state.model_config, compute, optimizer, "cpu")
+        from flax_model.backend import FlaxBackend
+
+        return FlaxBackend(state.model_config, compute, optimizer, "cpu")
+    except ImportError as error:
+        raise UserError(
+            f"--to {framework}: {error.name} is not installed; --to neutral needs neither framework"
+        ) from None
+
+
+def _write_weights(framework: str, folder: Path, backend: Backend) -> None:
+    if framework == "torch":
+        from torch_ref.train import write_weights
+    else:
+        from train.flax_main import write_weights
+    write_weights(folder, backend)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.convert",
+        description="Convert a training state or weights between Flax, torch, a neutral form and transformers.",
+    )
+    parser.add_argument("source", type=Path, help=KINDS)
+    parser.add_argument("target", type=Path, help="a new folder")
+    parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
+    parser.add_argument("--step", type=int, help="which checkpoint of a run folder (default: the latest)")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as it is stored")
+    arguments = parser.parse_args(argv)
+    try:
+        found = convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{found.path} ({found.kind}) -> {arguments.target} ({arguments.to})")
+    if (arguments.target / "checkpoints").is_dir() and (arguments.target / "settings.toml").is_file():
+        main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
+        settings = arguments.target / "settings.toml"
+        print(f"Go on with: python -m {main_module} --config {settings} --run-dir {arguments.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
