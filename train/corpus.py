@@ -34,6 +34,8 @@ LONGEST_WAIT = 60.0
 
 DIGEST_BITS = 64
 
+_GIVEN_UP = "--dataset: reading was given up, because the run ends"
+
 
 class DataError(UserError):
     """The data cannot be read on, after all attempts. The loop saves a checkpoint and ends cleanly."""
@@ -108,7 +110,7 @@ class Reader:
         self.source, self.keep, self.retries, self.wait = source, keep, retries, wait
         self.bad_rows = BadRows() if bad_rows is None else bad_rows
         self.stop = threading.Event()
-        """Set from another thread, it cuts a wait short: the reader then gives up."""
+        """Set from another thread, it makes the reader give up, also while it waits."""
         self._stream: Stream | None = None
         self._position: dict | None = None
 
@@ -135,7 +137,7 @@ class Reader:
                     wait,
                 )
                 if self.stop.wait(wait):
-                    raise DataError("--dataset: reading was given up because the run ends") from error
+                    raise DataError(_GIVEN_UP) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _read(self, state: dict | None, count: int) -> tuple[list[Document], dict | None]:
@@ -144,6 +146,8 @@ class Reader:
             self._stream = self.source.rows(state)
         documents: list[Document] = []
         for row in self._stream:
+            if self.stop.is_set():
+                raise DataError(_GIVEN_UP)
             document = as_document(row)
             if isinstance(document, Bad):
                 self.bad_rows.add(row.place, document.reason)
@@ -158,11 +162,14 @@ class Reader:
     def __iter__(self) -> Iterator[Document]:
         """One epoch, document by document."""
         state: dict | None = None
-        while True:
-            documents, state = self.read(state, 64)
-            yield from documents
-            if state is None:
-                return
+        try:
+            while True:
+                documents, state = self.read(state, 64)
+                yield from documents
+                if state is None:
+                    return
+        finally:
+            self.close()
 
     def close(self) -> None:
         if self._stream is not None:

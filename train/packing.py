@@ -10,6 +10,7 @@ position therefore needs no buffer, only where the window starts in the source, 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import queue
@@ -34,8 +35,10 @@ log = logging.getLogger(__name__)
 ENCODE_TOGETHER = 64
 """Documents tokenized in one call: enough for all cores, few enough that a resumed run wastes little."""
 
-IDENTITY_FILE = "data.json"
-"""In the run folder: the identity the run began with."""
+KEPT_FILE = "data.json"
+"""In the run folder: see `Kept`."""
+VALIDATION_FILE = "validation.npz"
+"""In the run folder: the held-out rows."""
 
 JOIN_SECONDS = 5.0
 """How long `close` waits for a thread that is held up by the network."""
@@ -109,54 +112,57 @@ def document_rows(ids: list[int], seq_len: int, eot_id: int) -> Rows:
 def pack(reader: Reader, tokenizer: TextTokenizer, options: DataOptions, cursor: dict | None) -> Iterator[Batch]:
     """Batches without end, epoch after epoch, from a position on. Raises `UserError` if there is no document."""
     cursor = cursor or {"epoch": 0, "window": 0, "stream": None, "document": 0, "token": 0, "carry": tokenizer.eot_id}
-    epoch, window, stream = cursor["epoch"], cursor["window"], cursor["stream"]
-    first, token = cursor["document"], cursor["token"]
     tokens = np.empty(options.batch_size * options.seq_len + 1, np.int32)
-    tokens[0], filled, places = cursor["carry"], 1, []
-    while True:
-        documents, next_stream = reader.read(stream, options.shuffle_window)
-        if not documents and window == 0:
-            raise UserError(
-                f"--dataset {options.dataset}: no document to train on ({len(reader.bad_rows)} rows without text in "
-                f"--text-field {options.text_field}; the rest held out, see --validation-rows)"
-            )
-        documents = shuffled(documents, options.seed, epoch, window)
-        for document, ids, place in encoded(documents, tokenizer, first):
-            while token < len(ids):
-                taken = min(len(ids) - token, tokens.size - filled)
-                tokens[filled : filled + taken] = ids[token : token + taken]
-                token, filled = token + taken, filled + taken
-                places.append(place)
-                if filled == tokens.size:
-                    after = {"epoch": epoch, "window": window, "stream": stream, "document": document, "token": token}
-                    yield Batch(
-                        inputs=tokens[:-1].reshape(options.batch_size, options.seq_len).copy(),
-                        targets=tokens[1:].reshape(options.batch_size, options.seq_len).copy(),
-                        cursor={**after, "carry": int(tokens[-1])},
-                        documents=tuple(places),
-                    )
-                    tokens[0], filled, places = tokens[-1], 1, []
-            token = 0
-        first, stream = 0, next_stream
-        epoch, window = (epoch, window + 1) if stream is not None else (epoch + 1, 0)
+    tokens[0], filled, token = cursor["carry"], 1, cursor["token"]
+    places: list[str] = []
+    for position, ids, place in tokenized_documents(reader, tokenizer, options, cursor):
+        while token < len(ids):
+            taken = min(len(ids) - token, tokens.size - filled)
+            tokens[filled : filled + taken] = ids[token : token + taken]
+            token, filled = token + taken, filled + taken
+            places.append(place)
+            if filled == tokens.size:
+                yield Batch(
+                    inputs=tokens[:-1].reshape(options.batch_size, options.seq_len).copy(),
+                    targets=tokens[1:].reshape(options.batch_size, options.seq_len).copy(),
+                    cursor={**position, "token": token, "carry": int(tokens[-1])},
+                    documents=tuple(places),
+                )
+                tokens[0], filled, places = tokens[-1], 1, []
+        token = 0
+
+
+def tokenized_documents(
+    reader: Reader, tokenizer: TextTokenizer, options: DataOptions, cursor: dict
+) -> Iterator[tuple[dict, Int32[np.ndarray, " tokens"], str]]:
+    """(position, ids with the end-of-text token, place) of each document, shuffled, from the cursor's document on."""
+    epoch, window, stream, start = (cursor[name] for name in ("epoch", "window", "stream", "document"))
+    try:
+        while True:
+            documents, next_stream = reader.read(stream, options.shuffle_window)
+            if not documents and window == 0:
+                raise UserError(
+                    f"--dataset {options.dataset}: no document to train on ({len(reader.bad_rows)} rows without text "
+                    f"in --text-field {options.text_field}; the rest held out, see --validation-fraction)"
+                )
+            documents = shuffled(documents, options.seed, epoch, window)
+            for first in range(start, len(documents), ENCODE_TOGETHER):
+                together = documents[first : first + ENCODE_TOGETHER]
+                encoded = tokenizer.encode_batch([document.text for document in together])
+                for number, (document, ids) in enumerate(zip(together, encoded, strict=True), first):
+                    ids.append(tokenizer.eot_id)
+                    position = {"epoch": epoch, "window": window, "stream": stream, "document": number}
+                    yield position, np.array(ids, np.int32), document.place
+            start, stream = 0, next_stream
+            epoch, window = (epoch, window + 1) if stream is not None else (epoch + 1, 0)
+    finally:
+        reader.close()
 
 
 def shuffled(documents: list[Document], seed: int, epoch: int, window: int) -> list[Document]:
     # RandomState, because NumPy promises that its streams never change; those of a Generator may, with any version.
     generator = np.random.RandomState(np.random.PCG64((seed, epoch, window)))
     return [documents[i] for i in generator.permutation(len(documents))]
-
-
-def encoded(
-    documents: list[Document], tokenizer: TextTokenizer, start: int
-) -> Iterator[tuple[int, Int32[np.ndarray, " tokens"], str]]:
-    """(number, ids with the end-of-text token, place) of each document from number `start` on."""
-    for first in range(start, len(documents), ENCODE_TOGETHER):
-        together = documents[first : first + ENCODE_TOGETHER]
-        batch = tokenizer.encode_batch([document.text for document in together])
-        for number, (document, ids) in enumerate(zip(together, batch, strict=True), start=first):
-            ids.append(tokenizer.eot_id)
-            yield number, np.array(ids, np.int32), document.place
 
 
 class Prefetcher:
@@ -172,7 +178,7 @@ class Prefetcher:
         thread.start()
         # Not a method: the thread and this would keep each other alive. It also runs at exit, where a thread still
         # inside a C++ reader can crash the interpreter.
-        self._finalizer = weakref.finalize(self, _stop, self._queue, stop, thread)
+        self._finalizer = weakref.finalize(self, _stop, stop, thread)
 
     def __iter__(self) -> Prefetcher:
         return self
@@ -213,9 +219,17 @@ def _put(item: Batch | BaseException, into: queue.Queue, stop: threading.Event) 
     return False
 
 
-def _stop(source: queue.Queue, stop: threading.Event, thread: threading.Thread) -> None:
+def _stop(stop: threading.Event, thread: threading.Thread) -> None:
     stop.set()
     thread.join(timeout=JOIN_SECONDS)
+
+
+class Kept(NamedTuple):
+    """What a run was started with. Going on with the same names, it keeps the revision and the tokenizer they had."""
+
+    dataset: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
 
 
 class Data:
@@ -224,7 +238,8 @@ class Data:
     def __init__(self, options: DataOptions, folder: Path, resume: bool):
         self.options = options
         self._bad_rows = BadRows()
-        revision = options.dataset_revision or (resume and _kept_revision(folder, options.dataset)) or None
+        kept = _read_kept(folder) if resume else Kept()
+        revision = options.dataset_revision or (kept.revision if kept.dataset == options.dataset else None)
         self.source = open_source(
             options.dataset, options.dataset_config, revision, options.text_field, folder, keep=resume
         )
@@ -239,7 +254,7 @@ class Data:
             options.vocab_size,
             (document.text for document in self._reader(self._is_training)),
             folder,
-            resume,
+            keep=kept.tokenizer == options.tokenizer,
         )
         self.identity: dict = {
             **self.source.identity,
@@ -248,9 +263,11 @@ class Data:
             "shuffle": f"windows of {options.shuffle_window}, seed {options.seed}",
             "versions": {**self.source.identity["versions"], **package_versions("tokenizers")},
         }
-        self.validation, self.validation_bytes = self._validation(bound)
-        if not resume:
-            write_whole(folder / IDENTITY_FILE, (json.dumps(self.identity, indent=2) + "\n").encode())
+        self.validation, self.validation_bytes = self._kept_validation(bound, folder, resume)
+        if not resume or not (folder / KEPT_FILE).exists():
+            self.tokenizer.save(folder)
+            kept = Kept(options.dataset, self.identity.get("revision"), options.tokenizer)
+            write_whole(folder / KEPT_FILE, (json.dumps(kept._asdict(), indent=2) + "\n").encode())
 
     @property
     def bad_rows(self) -> int:
@@ -264,6 +281,21 @@ class Data:
 
     def _reader(self, keep: Callable[[Document], bool]) -> Reader:
         return Reader(self.source, keep, self._bad_rows, self.options.data_retries, self.options.retry_wait)
+
+    def _kept_validation(self, bound: int, folder: Path, resume: bool) -> tuple[Rows, int]:
+        """The held-out rows and their size in bytes, from the run folder or else made and kept there."""
+        identity = {key: value for key, value in self.identity.items() if key != "versions"}
+        made_from = json.dumps([identity, self.options.seq_len, self.options.validation_rows], sort_keys=True)
+        file = folder / VALIDATION_FILE
+        if resume and file.exists():
+            with np.load(file) as kept:
+                if kept["made_from"] == made_from:
+                    return Rows(kept["inputs"], kept["targets"]), int(kept["size"])
+        rows, size = self._validation(bound)
+        content = io.BytesIO()
+        np.savez(content, inputs=rows.inputs, targets=rows.targets, size=size, made_from=made_from)
+        write_whole(file, content.getvalue())
+        return rows, size
 
     def _validation(self, bound: int) -> tuple[Rows, int]:
         """Whole held-out documents, the first ones that fit into `validation_rows`, packed end to end; and their size
@@ -299,7 +331,6 @@ def open_data(options: DataOptions, folder: Path, resume: bool = False) -> Data:
     return Data(options, Path(folder), resume)
 
 
-def _kept_revision(folder: Path, dataset: str) -> str | None:
-    file = folder / IDENTITY_FILE
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    return kept.get("revision") if kept.get("dataset") == dataset else None
+def _read_kept(folder: Path) -> Kept:
+    file = folder / KEPT_FILE
+    return Kept(**json.loads(file.read_text())) if file.exists() else Kept()

@@ -196,12 +196,15 @@ def read_text(file: Path, text_field: str, row: int, byte: int) -> FileRows:
 
 
 def cut_point(piece: bytes) -> int:
-    """Where to cut a piece of text: after its last blank line, else its last line, else its last whole character."""
+    """Where to cut a piece of text: after the last blank line in its second half, else the last line end there, else
+    before the last character."""
     for end in (b"\n\n", b"\n"):
-        if (found := piece.rfind(end)) >= 0:
+        if (found := piece.rfind(end, len(piece) // 2)) >= 0:
             return found + len(end)
-    start_of_last = max(len(piece) - 4, next((i for i in range(len(piece) - 1, 0, -1) if piece[i] & 0xC0 != 0x80), 0))
-    return start_of_last or len(piece)
+    continuation = 0
+    while continuation < 3 and piece[-1 - continuation] & 0xC0 == 0x80:
+        continuation += 1
+    return len(piece) - 1 - continuation
 
 
 READERS: dict[str, Callable[[Path, str, int, int], FileRows]] = {
@@ -244,6 +247,7 @@ def fingerprint(file: Path) -> str:
 
 PYTHON_DOCS = "python-docs"
 _NOT_DOCUMENTATION = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+"""Folders of the standard library that are left out."""
 
 
 def python_documents() -> Iterator[tuple[str, str]]:
@@ -255,11 +259,12 @@ def python_documents() -> Iterator[tuple[str, str]]:
         topics = {}
     for name in sorted(topics):
         yield f"topic {name}", topics[name]
-    library = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(library.rglob("*.py")):
-        parts = file.relative_to(library).with_suffix("").parts
-        if not _NOT_DOCUMENTATION.intersection(parts) and (text := module_docstrings(".".join(parts), file)):
-            yield f"module {'.'.join(parts)}", text
+    for folder, subfolders, files in os.walk(library := sysconfig.get_path("stdlib")):
+        subfolders[:] = sorted(set(subfolders) - _NOT_DOCUMENTATION)
+        for file in sorted(Path(folder, name) for name in files if name.endswith(".py")):
+            module = ".".join(file.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
+            if text := module_docstrings(module, file):
+                yield f"module {module}", text
 
 
 def module_docstrings(module: str, file: Path) -> str:
@@ -278,7 +283,7 @@ def module_docstrings(module: str, file: Path) -> str:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, f"{name}.{child.name}")
 
-    visit(tree, module.removesuffix(".__init__"))
+    visit(tree, module)
     return "\n\n".join(described)
 
 

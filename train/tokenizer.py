@@ -140,19 +140,17 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         yield text
 
 
-def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Path, resume: bool) -> TextTokenizer:
-    """The tokenizer of a run, kept in its folder. `texts` are what a `bpe` is trained on.
+def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Path, keep: bool) -> TextTokenizer:
+    """The tokenizer of a run, saved in its folder. `texts` are what a `bpe` is trained on.
 
-    A run that goes on takes its own copy; a local folder that is still there is read, so that a change is noticed.
-    Raises `UserError` if the tokenizer is larger than the model's vocabulary."""
+    With `keep` the copy in the folder is taken if there is one; but a local folder that is still there is read again,
+    so that a change in it is noticed. Raises `UserError` if it is larger than the model's vocabulary."""
     kept = Path(folder) / "tokenizer.json"
-    if resume and kept.exists() and not Path(name).exists():
+    if keep and kept.exists() and not Path(name).exists():
         tokenizer = TextTokenizer(kept.read_text(encoding="utf-8"), name)
     elif name == TRAINED:
         tokenizer = train_tokenizer(texts, vocab_size)
     else:
         tokenizer = load_tokenizer(name)
     tokenizer.require_fit(vocab_size)
-    if not (resume and kept.exists()):
-        tokenizer.save(folder)
     return tokenizer
