@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from torch_ref.config import ComputeConfig
@@ -23,7 +23,8 @@ from torch_ref.huggingface import SIDECAR, export_folder
 from torch_ref.interface import Backend, OptimizerConfig, TrainingState, UserError
 from torch_ref.parameters import parameter_table
 from torch_ref.storage import fresh_folder, write_json
-from train.state_io import copy_run_files, write_state
+from train.loop import FINAL_WEIGHTS
+from train.state_io import copy_run_files, write_state, write_tensors
 from train.state_sources import KINDS, Source, locate, open_state
 from train.tokenizer import load_tokenizer
 
@@ -51,6 +52,8 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
         _write_transformers(target, state, found.run, dtype)
     elif form == "neutral":
         write_state(target, state, found.run, dtype)
+    elif state.first_moment is None:
+        _write_weights(target, state, found.run, form, dtype)
     else:
         _write_run(target, state, found.run, form, dtype)
     return found
@@ -76,24 +79,49 @@ def stored_dtype(state: TrainingState) -> str:
 
 
 def _write_run(target: Path, state: TrainingState, run: Path | None, framework: str, dtype: str | None) -> None:
-    """A run folder with one checkpoint, or without moments the final weights and the model config."""
+    """A run folder with one checkpoint."""
     with fresh_folder(target) as folder, closing(_backend(framework, state, dtype)) as backend:
         backend.load_state(state)
+        backend.save(folder / "checkpoints", f"step_{state.step}", state.meta)
+        backend.wait()
         if run is not None:
             copy_run_files(run, folder)
-        if state.first_moment is None:
-            _write_weights(framework, folder, backend)
-            write_json(folder / SIDECAR, {"model": state.model_config.to_dict()})
+
+
+def _write_weights(target: Path, state: TrainingState, run: Path | None, framework: str, dtype: str | None) -> None:
+    """A folder with final weights as the main of that framework writes them, and the model's sizes beside them."""
+    with fresh_folder(target) as folder:
+        rows = parameter_table(state.model_config)
+        if framework == "torch":
+            with _needs("torch"):
+                import torch
+
+                from torch_ref.backend import write_whole
+
+            cast = getattr(torch, dtype or stored_dtype(state))
+            tensors = {row.name: torch.from_numpy(state.weights[row.name]).to(cast) for row in rows}
+            write_whole(folder / f"{FINAL_WEIGHTS}.pt", tensors)
         else:
-            backend.save(folder / "checkpoints", f"step_{state.step}", state.meta)
-            backend.wait()
+            write_tensors(folder / f"{FINAL_WEIGHTS}.safetensors", rows, state.weights, dtype)
+        write_json(folder / SIDECAR, {"model": state.model_config.to_dict()})
+        if run is not None:
+            copy_run_files(run, folder)
+
+
+@contextmanager
+def _needs(framework: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        message = f"--to {framework}: {error.name} is not installed; --to neutral needs neither framework"
+        raise UserError(message) from None
 
 
 def _backend(framework: str, state: TrainingState, dtype: str | None) -> Backend:
     """A backend that holds a state and does not train."""
     compute = ComputeConfig(dtype="float64" if (dtype or stored_dtype(state)) == "float64" else "float32")
     optimizer = OptimizerConfig(schedule=lambda step: 0.0)
-    try:
+    with _needs(framework):
         if framework == "torch":
             from torch_ref.backend import TorchBackend
 
@@ -101,18 +129,6 @@ def _backend(framework: str, state: TrainingState, dtype: str | None) -> Backend
         from flax_model.backend import FlaxBackend
 
         return FlaxBackend(state.model_config, compute, optimizer, "cpu")
-    except ImportError as error:
-        raise UserError(
-            f"--to {framework}: {error.name} is not installed; --to neutral needs neither framework"
-        ) from None
-
-
-def _write_weights(framework: str, folder: Path, backend: Backend) -> None:
-    if framework == "torch":
-        from torch_ref.train import write_weights
-    else:
-        from train.flax_main import write_weights
-    write_weights(folder, backend)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def write_state(folder: Path, state: TrainingState, run: Path | None = None, dty
     tensors = [name for name in TENSORS if getattr(state, name) is not None]
     with fresh_folder(folder) as partial:
         for name in tensors:
-            _write_tensors(
+            write_tensors(
                 partial / f"{name}.safetensors", rows_of(state.model_config, name), getattr(state, name), dtype
             )
         if run is not None:
@@ -81,7 +81,8 @@ def write_state(folder: Path, state: TrainingState, run: Path | None = None, dty
         write_json(partial / "state.json", content)
 
 
-def _write_tensors(path: Path, rows: list[Parameter], values: Mapping[str, Any], dtype: str | None) -> None:
+def write_tensors(path: Path, rows: list[Parameter], values: Mapping[str, Any], dtype: str | None = None) -> None:
+    """One `safetensors` file of these rows, in `dtype` or the type they have."""
     dtype = dtype or str(values[rows[0].name].dtype)
     with TensorWriter(path, [TensorSpec(row.name, row.shape, dtype) for row in rows]) as writer:
         for row in rows:
@@ -113,7 +114,9 @@ def read_state(folder: Path) -> TrainingState:
         raise UserError(f"{path}: incomplete ({error})") from error
     if stored not in ({"weights"}, set(TENSORS)):
         raise UserError(f"{path}: tensors = {sorted(stored)}; needs weights, and both moments or none")
-    tensors = {name: _read_tensors(folder / f"{name}.safetensors", rows_of(config, name)) for name in stored}
+    tensors = {
+        name: _read_tensors(folder / f"{name}.safetensors", rows_of(config, name)) for name in TENSORS if name in stored
+    }
     return TrainingState(config, **tensors, step=step, updates=updates, meta=meta)
 
 
