@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from flax_model.sharding import tree_bytes
 from torch_ref.interface import UserError
 from torch_ref.memory import host_memory_available
-from torch_ref.training_state import in_step_order, require_tensors
+from torch_ref.training_state import in_step_order, make_folder, require_tensors
 
 TEMPORARY = re.compile(r".+\.orbax-checkpoint-tmp.*")
 """Names of folders that orbax is writing, or was when the process ended."""
@@ -41,26 +41,34 @@ class Checkpoints:
                 # zarr3 without compression: weights do not compress, and zstd is seven times slower than the disk.
                 state=ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
                 meta=ocp.JsonCheckpointHandler(),
-            )
+            ),
+            # A folder that cannot be made then raises at once, instead of minutes later in a thread.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
     def save(self, path: Path, state: Any, meta: dict) -> None:
         """Write a tree of arrays and a JSON object; a checkpoint of that name is replaced. The arrays may be donated
-        to a computation as soon as this returns. Errors of the writing itself are raised by the next call or `wait`."""
+        to a computation as soon as this returns. Raises `UserError` naming a folder that cannot be written to; errors
+        of the writing itself are raised by the next call or `wait`."""
         self.wait()
         path = Path(path).absolute()
+        make_folder(path.parent)
         for leftover in path.parent.glob("*"):
             if TEMPORARY.fullmatch(leftover.name):
                 shutil.rmtree(leftover)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         self._checkpointer.save(path, args=items, force=True)
+        self._latest = path
         available = host_memory_available()
         if available is not None and available < BACKGROUND_MEMORY * tree_bytes(state):
             self.wait()
 
     def wait(self) -> None:
-        """Block until the save under way has landed; raises what went wrong with it."""
-        self._checkpointer.wait_until_finished()
+        """Block until the save under way has landed. Raises `UserError` naming it if it could not be written."""
+        try:
+            self._checkpointer.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self._latest}: could not be written: {error}") from error
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
         """Whole checkpoints in a folder with their steps, oldest first."""

@@ -33,6 +33,7 @@ from torch_ref.training_state import (
     LazyArrays,
     in_step_order,
     json_copy,
+    make_folder,
     require_config,
     require_state,
     require_tensors,
@@ -264,14 +265,21 @@ def _arrays(tensors: Mapping[str, Tensor]) -> LazyArrays:
 
 
 def write_whole(path: Path, contents: dict) -> None:
-    """`torch.save` to a temporary name, then a rename: a crash leaves either the whole file or none of that name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`torch.save` to a temporary name, then a rename: a crash leaves either the whole file or none of that name.
+    Raises `UserError` naming a file that cannot be written."""
+    make_folder(path.parent)
+    for leftover in path.parent.glob("*.pt.partial"):
+        leftover.unlink()
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error}") from error
     if os.name == "posix":  # the rename itself reaches the disk with the folder
         descriptor = os.open(path.parent, os.O_RDONLY)
         os.fsync(descriptor)

@@ -64,6 +64,14 @@ def json_copy(meta: dict) -> dict:
     return json.loads(json.dumps(meta))
 
 
+def make_folder(folder: Path) -> None:
+    """Raises `UserError` where a folder for checkpoints cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --run-dir") from error
+
+
 def checkpoint_step(name: str) -> int | None:
     """The step in a checkpoint's name: 1000 for `step_1000`, 10100 for `step_final_10100`; None for other names."""
     match = re.fullmatch(r"(?:\w+_)?(\d+)", name)
@@ -76,7 +84,7 @@ def in_step_order(paths: Iterable[tuple[str, Path]]) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (item[0], item[1].name))
 
 
-def require_config(stored: dict, config: ModelConfig, where: Path) -> None:
+def require_config(stored: dict, config: ModelConfig, where: Path | str) -> None:
     """Raises `UserError` naming the first model field that differs from what `where` was made with."""
     own = config.to_dict()
     for name in [*own, *(name for name in stored if name not in own)]:
@@ -92,7 +100,9 @@ def require_config(stored: dict, config: ModelConfig, where: Path) -> None:
 
 
 def require_tensors(
-    stored: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[tuple[int, ...], str]], where: Path
+    stored: Mapping[str, tuple[tuple[int, ...], str]],
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    where: Path | str,
 ) -> None:
     """Compare (shape, dtype) by name. Raises `UserError` naming the first tensor that differs."""
     for name in [*expected, *(name for name in stored if name not in expected)]:
@@ -108,7 +118,7 @@ def require_tensors(
 def require_state(state: TrainingState, config: ModelConfig) -> None:
     """Raises `UserError` unless a neutral state holds this model: same config, every tensor named, moments in pairs.
     Shapes are seen when the arrays are read."""
-    where: Any = "training state"
+    where = "training state"
     require_config(state.model_config.to_dict(), config, where)
     rows = parameter_table(config)
     groups: list[tuple[str, Any, list[str]]] = [("weights", state.weights, [row.name for row in rows])]
