@@ -66,10 +66,11 @@ def write_tokenizer(folder: Path, texts: list[str], vocab_size: int = 320) -> Pa
 
 
 class FailingSource:
-    """A source whose streams break with an `OSError` after `rows` rows; from the `failures`-th time on they don't."""
+    """A source whose streams break with an `OSError` after `rows` rows, `failures` times in all. With `lasting`,
+    none gives a row after the first time."""
 
-    def __init__(self, source: Source, rows: int, failures: int):
-        self.source, self.rows_until, self.failures = source, rows, failures
+    def __init__(self, source: Source, rows: int, failures: int, lasting: bool = False):
+        self.source, self.rows_given, self.failures, self.lasting = source, rows, failures, lasting
         self.identity = source.identity
         self.opened = 0
 
@@ -80,7 +81,7 @@ class FailingSource:
 
 class _FailingStream:
     def __init__(self, owner: FailingSource, stream: Stream):
-        self._owner, self._stream, self._left = owner, stream, owner.rows_until
+        self._owner, self._stream, self._left = owner, stream, owner.rows_given
         self.state, self.close = stream.state, stream.close
 
     def __iter__(self) -> Iterator[Row]:
@@ -89,6 +90,7 @@ class _FailingStream:
     def __next__(self) -> Row:
         if self._left == 0 and self._owner.failures > 0:
             self._owner.failures -= 1
+            self._owner.rows_given *= not self._owner.lasting
             raise OSError("connection lost")
         self._left -= 1
         return next(self._stream)

@@ -86,8 +86,9 @@ def as_document(row: Row) -> Document | Bad:
     try:
         content = value.encode() if isinstance(value, str) else value
         text = value if isinstance(value, str) else value.decode()
-    except UnicodeError:
-        return Bad("invalid UTF-8")
+    except UnicodeError as error:
+        line = error.object[: error.start].count(b"\n") if isinstance(value, bytes) else 0
+        return Bad(f"invalid UTF-8 in line {line + 1} of it" if line else "invalid UTF-8")
     if not text.strip():
         return Bad("empty")
     return Document(text, row.place, int.from_bytes(hashlib.blake2b(content, digest_size=DIGEST_BITS // 8).digest()))

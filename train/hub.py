@@ -6,7 +6,6 @@ start: that is how `datasets` does it, and costs some time with large shards. Lo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,9 +82,9 @@ class HubStream:
         self._open(state["datasets"] if state else None)
 
     def _open(self, state: dict | None) -> None:
-        # A new object each time: an IterableDataset never forgets a state it was once given. Its epoch stays 0, which
-        # keeps the order of the shards and the guard that drops a state of another epoch out of play.
-        self._dataset = copy.copy(self._source.dataset)
+        # A new object each time (`copy` would make one that shares its state): an IterableDataset never forgets a
+        # position it was once given. Its epoch stays 0, or it would reorder the shards and ignore the position.
+        self._dataset = self._source.dataset.with_format(None)
         if state:
             self._dataset.load_state_dict(state)
         self._examples = iter(self._dataset)

@@ -248,11 +248,11 @@ class Data:
             bound = held_out_below(self._reader(lambda document: True), options.validation_fraction)
             if not bound:
                 log.warning("the corpus has but one document: nothing is held out for validation")
-        self._is_training = lambda document: document.digest >= bound
+        self.is_training = lambda document: document.digest >= bound
         self.tokenizer = open_tokenizer(
             options.tokenizer,
             options.vocab_size,
-            (document.text for document in self._reader(self._is_training)),
+            (document.text for document in self._reader(self.is_training)),
             folder,
             keep=kept.tokenizer == options.tokenizer,
         )
@@ -276,7 +276,7 @@ class Data:
 
     def batches(self, cursor: dict | None = None) -> Prefetcher:
         """Batches without end from a position on (None: the start), made ahead by a thread. Close it when done."""
-        reader = self._reader(self._is_training)
+        reader = self._reader(self.is_training)
         return Prefetcher(pack(reader, self.tokenizer, self.options, cursor), self.options.prefetch, reader.stop)
 
     def _reader(self, keep: Callable[[Document], bool]) -> Reader:

@@ -134,10 +134,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
     for text in texts:
+        yield text
+        limit -= len(text.encode())
         if limit <= 0:
             return
-        limit -= len(text.encode())
-        yield text
 
 
 def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Path, keep: bool) -> TextTokenizer:
