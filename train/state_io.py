@@ -31,6 +31,7 @@ RUN_FILES = (
     "tokenizer_config.json",
     "data.json",
     "python-docs.jsonl",
+    "validation.npz",
     "metrics.jsonl",
     "training.logs",
 )
