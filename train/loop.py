@@ -111,7 +111,9 @@ class Run:
         with RunLog(self.run_dir, self.step, self.options) as self.log, StopSignals() as signals:
             self.introduce(origin)
             if self.options.find_lr and self.step == 0:
-                self.adopt_learning_rate()
+                self.adopt_learning_rate(signals)
+                if signals.received:
+                    return 128 + signals.received
             try:
                 with closing(self.data.batches(self.progress.cursor)) as batches:
                     self.log.show_progress(self.step)
@@ -221,12 +223,13 @@ class Run:
             rate = options.schedule(options.steps)
             self.log.say(f"Extended phase: steps {self.step + 1} to {options.total_steps}, learning rate {rate:g}")
 
-    def adopt_learning_rate(self) -> None:
+    def adopt_learning_rate(self, signals: StopSignals) -> None:
         """Sweep the learning rate from where the run stands, and use the rate that is suggested."""
-        self._use_learning_rate(
-            find_learning_rate(self.backend, self.data, self.run_dir / "lr_finder.png", self.log.say)
-        )
-        self._write_settings()
+        picture = self.run_dir / "lr_finder.png"
+        rate = find_learning_rate(self.backend, self.data, picture, self.log.say, lambda: bool(signals.received))
+        if rate is not None:
+            self._use_learning_rate(rate)
+            self._write_settings()
 
     def _use_learning_rate(self, rate: float) -> None:
         self.options = dataclasses.replace(self.options, learning_rate=rate)

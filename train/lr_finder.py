@@ -35,31 +35,45 @@ class Sweep:
         return LOWEST * (HIGHEST / LOWEST) ** ((step - self.first_step) / (SWEEP_STEPS - 1))
 
 
-def find_learning_rate(backend: Backend, data: Data, picture: Path, say: Callable[[str], None]) -> float:
-    """Sweep over the first batches of `data`, draw loss against rate into `picture`, and return the suggested rate.
+def find_learning_rate(
+    backend: Backend, data: Data, picture: Path, say: Callable[[str], None], interrupted: Callable[[], bool]
+) -> float | None:
+    """Sweep over the first batches of `data`, draw loss against rate into `picture`, and return the suggested rate;
+    None if `interrupted`.
 
     The backend's whole state is afterwards what it was; its schedule is not, the caller sets it. The batches are
     read by an iterator of their own, so no position moves. Raises `UserError` if the loss never falls.
     """
     say(f"Learning-rate finder: up to {SWEEP_STEPS} steps from {LOWEST:g} to {HIGHEST:g}, then back to the start")
     before = backend.snapshot()
+    try:
+        rates, losses = sweep(backend, data, interrupted)
+    finally:
+        backend.rollback(before)
+    if interrupted():
+        return None
+    rate = suggestion(rates, losses)
+    draw(rates, losses, rate, picture)
+    say(f"Learning-rate finder: suggests --learning-rate {rate:g}, used from here on; the sweep is drawn in {picture}")
+    return rate
+
+
+def sweep(backend: Backend, data: Data, interrupted: Callable[[], bool]) -> tuple[list[float], list[float]]:
+    """Rates and losses of the steps until the loss climbs away."""
     backend.set_schedule(Sweep(backend.steps_done))
-    rates, losses = [], []
+    rates: list[float] = []
+    losses: list[float] = []
     with closing(data.batches(None)) as batches:
         for batch in itertools.islice(batches, SWEEP_STEPS):
             result = backend.step(batch.inputs, batch.targets)
-            if not math.isfinite(result.loss):
+            if interrupted() or not math.isfinite(result.loss):
                 break
             rates.append(result.learning_rate)
             losses.append(result.loss)
             curve = smoothed(losses)
             if curve[-1] > DIVERGED * curve.min():
                 break
-    backend.rollback(before)
-    rate = suggestion(rates, losses)
-    draw(rates, losses, rate, picture)
-    say(f"Learning-rate finder: suggests --learning-rate {rate:g}, used from here on; the sweep is drawn in {picture}")
-    return rate
+    return rates, losses
 
 
 def smoothed(losses: list[float], memory: float = 0.8) -> np.ndarray:

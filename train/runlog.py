@@ -45,7 +45,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int, options: Options, console: Console | None = None) -> None:
         cut_logs(run_dir, step)
-        self.console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = console or Console()
         self._text = open(run_dir / TEXT_LOG, "a", encoding="utf-8", buffering=1)
         self._metrics = open(run_dir / METRICS, "a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(run_dir, step) if options.tensorboard else None
@@ -73,7 +73,8 @@ class RunLog:
 
     def say(self, text: str = "") -> None:
         """One or more lines to the console and to `training.logs`."""
-        (self._bar.console if self._bar else self.console).print(text, soft_wrap=True, markup=False, highlight=False)
+        console = self._bar.console if self._bar else self.console
+        console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
         self._text.write(text + "\n")
 
     def warn(self, text: str) -> None:
