@@ -1,0 +1,345 @@
+"""Generation with a cache of latents.
+
+- the cache holds 112 values a token and layer (`smol-774m`): the normed latent, and the rotated key that heads share
+- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent, the
+  query passes through the key part of `kv_b_proj`, attention runs on the latents themselves, and its result passes
+  through the value part
+- prompts run through the training forward pass; of different lengths, they are padded on the right and masked
+- a new token reads the weights of the chosen experts alone
+- repetition penalty, temperature, top-k, top-p and min-p in the order and with the meaning of `transformers`
+- all new tokens in one `lax.while_loop`; compiled once per bucket of prompt lengths and of numbers of new tokens
+
+Slots of the cache: prompts fill the first ones, each up to its length; the new tokens of all rows follow at the width
+of the padded prompts. A token's position is in its rotated key, so slots in between that hold nothing do no harm.
+Twin of `torch_ref/generate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_model.attention import Attention
+from flax_model.layers import wide
+from flax_model.model import Block, Model, Tree, merge, split
+from flax_model.moe import Experts, Routing, count_experts
+from flax_model.rotary import Rope, make_rope
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
+from torch_ref.interface import Sampling
+
+Cache = Float[Array, "layers batch slots cached"]
+"""Per layer, row and slot: the normed latent, then the rotated key."""
+
+
+def prefill(
+    model: Model, tokens: Int[Array, "batch prompt"], lengths: Int[Array, " batch"], slots: int, compute: ComputeConfig
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Run padded prompts through the model: the scores of each row's next token, and a cache of `slots` slots whose
+    first ones hold the prompts."""
+    batch, prompt = tokens.shape
+    rope = make_rope(model.config, prompt, compute.dtype)
+    x = model.embed_tokens.weight[...][tokens].astype(compute.dtype)
+    caches = []
+    for stacked in stacks(model):
+        graphdef, state = nnx.split(stacked)
+
+        def one_layer(x, layer, graphdef=graphdef):
+            block = nnx.merge(graphdef, layer)
+            # These two small products are taken again inside the block, which is the price of leaving it as it is.
+            cached = jnp.concatenate(block.attention.latents(block.input_norm(x), rope), axis=-1)
+            return block(x, rope, compute)[0], cached
+
+        x, cached = jax.lax.scan(one_layer, x, state)
+        caches.append(jnp.pad(cached, ((0, 0), (0, 0), (0, slots - prompt), (0, 0))))
+    last = x[jnp.arange(batch), lengths - 1]
+    return model.logits(model.norm(last)), jnp.concatenate(caches)
+
+
+def decode(
+    model: Model,
+    token: Int[Array, " batch"],
+    cache: Cache,
+    prompt: int,
+    lengths: Int[Array, " batch"],
+    step: Int[Array, ""],
+    table: Rope,
+    compute: ComputeConfig,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Run new token number `step` of each row through the model, and write it into the cache.
+
+    Args:
+        prompt: width of the padded prompts, `lengths` those of the prompts themselves.
+        table: the rotary table of all positions.
+
+    Returns the scores of the next token, and the cache.
+    """
+    slot = prompt + step
+    slots = jnp.arange(cache.shape[2])
+    visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
+    position = (lengths + step)[:, None]
+    rope = Rope(table.cos[position], table.sin[position])
+    x = model.embed_tokens.weight[...][token][:, None].astype(compute.dtype)
+    first = 0
+    for stacked in stacks(model):
+        graphdef, state = nnx.split(stacked)
+        layers = jax.tree.leaves(state)[0].shape[0]
+
+        # By number, and not as a scan over the weights, which would copy every layer's before it is read.
+        def one_layer(layer, carry, graphdef=graphdef, state=state, stacked=stacked, first=first):
+            x, cache = carry
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
+            attended, cache = attend_latents(
+                block.attention, block.input_norm(x), rope, cache, first + layer, slot, visible
+            )
+            x = x + attended
+            return x + feed_forward(block, stacked, layer, block.post_attention_norm(x)), cache
+
+        x, cache = jax.lax.fori_loop(0, layers, one_layer, (x, cache))
+        first += layers
+    return model.logits(model.norm(x[:, 0])), cache
+
+
+def stacks(model: Model) -> list[Block]:
+    """The stacked blocks of a model, in the order of its layers."""
+    return [getattr(model, name) for name in ("dense_layers", "layers") if hasattr(model, name)]
+
+
+def attend_latents(
+    attention: Attention,
+    x: Float[Array, "batch 1 hidden"],
+    rope: Rope,
+    cache: Cache,
+    layer: Int[Array, ""],
+    slot: Int[Array, ""],
+    visible: Bool[Array, "batch slots"],
+) -> tuple[Float[Array, "batch 1 hidden"], Cache]:
+    """Attention of one new token per row to the visible slots. Its own entry is written into `slot` of `layer`.
+    Softmax in float32 or wider."""
+    c = attention.config
+    batch = x.shape[0]
+    cache = cache.at[layer, :, slot].set(jnp.concatenate(attention.latents(x, rope), axis=-1)[:, 0])
+    entries = cache[layer]
+    q_nope, q_rope = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
+    key, value = key_and_value_parts(attention.kv_b_proj.weight[...].astype(x.dtype), c)
+    q = jnp.concatenate((jnp.einsum("bkgn,knl->bkgl", q_nope, key), q_rope), axis=-1)
+    scores = wide(jnp.einsum("bkgc,bsc->bkgs", q, entries)) * c.softmax_scale
+    probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
+    latent = jnp.einsum("bkgs,bsl->bkgl", probabilities, entries[..., : c.kv_lora_rank])
+    out = jnp.einsum("bkgl,kvl->bkgv", latent, value)
+    return attention.o_proj(out.reshape(batch, 1, -1)), cache
+
+
+def key_and_value_parts(
+    weight: Float[Array, "rows latent"], config: ModelConfig
+) -> tuple[Float[Array, "kv_heads nope latent"], Float[Array, "kv_heads vdim latent"]]:
+    """`kv_b_proj` as the maps from a latent to each K/V head's keys and to its values."""
+    per_head = weight.reshape(config.num_kv_heads, -1, config.kv_lora_rank)
+    return per_head[:, : config.qk_nope_head_dim], per_head[:, config.qk_nope_head_dim :]
+
+
+def feed_forward(
+    block: Block, stacked: Block, layer: Int[Array, ""], x: Float[Array, "batch 1 hidden"]
+) -> Float[Array, "batch 1 hidden"]:
+    """The MLP of a block for one new token per row: what `MoE` computes, without its reports. `stacked` holds the
+    experts of all layers."""
+    if block.dense:
+        return block.mlp(x)
+    moe, rows = block.mlp, x[:, 0]
+    out = chosen_experts(stacked.mlp.experts, layer, rows, moe.router(rows))[:, None]
+    return out + moe.shared_expert(x) if moe.config.n_shared_experts else out
+
+
+def chosen_experts(
+    experts: Experts, layer: Int[Array, ""], x: Float[Array, "tokens hidden"], routing: Routing
+) -> Float[Array, "tokens hidden"]:
+    """The routed experts of a layer on a few tokens: reads each chosen expert once, and no other. Slicing by layer and
+    expert at once, right where the product is, lets XLA read the weights where they lie."""
+    gate, up, down = (weight[...] for weight in (experts.gate_proj, experts.up_proj, experts.down_proj))
+    counts = count_experts(routing.chosen, gate.shape[1])
+    in_use = jnp.argsort(counts == 0, stable=True)
+
+    def one_expert(number, out):
+        expert = in_use[number]
+        weights = jnp.where(routing.chosen == expert, routing.weights, 0).sum(1, keepdims=True).astype(x.dtype)
+        g, u, d = (weight[layer, expert].astype(x.dtype) for weight in (gate, up, down))
+        return out + (jax.nn.silu(x @ g.T) * (x @ u.T) * weights) @ d.T
+
+    return jax.lax.fori_loop(0, (counts > 0).sum(), one_expert, jnp.zeros_like(x))
+
+
+def filter_logits(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], sampling: Sampling
+) -> Float[Array, "batch vocab"]:
+    """Scores of the next token with those that may not be drawn at -inf, in the order of `transformers`: repetition
+    penalty (Keskar et al. 2019) on tokens of the prompt and of the text so far, temperature, top-k, top-p (Holtzman
+    et al. 2020), min-p (Nguyen et al. 2024). Tokens tied with the last one kept are kept. Greedy: the penalty alone."""
+    vocab = logits.shape[-1]
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < vocab:
+        last_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ascending = jnp.sort(logits, axis=-1)
+        cumulative = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+        dropped = (cumulative <= 1 - sampling.top_p).sum(-1, keepdims=True)
+        last_kept = jnp.take_along_axis(ascending, jnp.minimum(dropped, vocab - 1), axis=1)
+        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
+    if sampling.min_p > 0:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        threshold = sampling.min_p * probabilities.max(-1, keepdims=True)
+        logits = jnp.where(probabilities < threshold, -jnp.inf, logits)
+    return logits
+
+
+def choose_token(
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch vocab"],
+    uniform: Float[Array, " batch"],
+    sampling: Sampling,
+) -> Int[Array, " batch"]:
+    """The next token of each row: the most likely (of equals the lowest id), or drawn by inverting the cumulative
+    distribution at `uniform`."""
+    logits = filter_logits(logits, seen, sampling)
+    if sampling.greedy:
+        return logits.argmax(-1)
+    cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+
+
+def generate(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seed: int,
+    compute: ComputeConfig,
+    on_token: Callable[[list[int | None]], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to `sampling.max_new_tokens` tokens.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        seed: of the random draws. A row's stream depends on the seed and its number in the batch alone.
+        compute: resolved (no `auto`).
+        on_token: called with every step's tokens as they come, None for rows that have ended. Then the host takes part
+            in every step; without it, all of them run on the device.
+
+    Returns the new tokens of each prompt, without the stop token. Raises `UserError`, before any work, if prompt and
+    new tokens do not fit the context, or a setting of `sampling` makes no sense.
+    """
+    check_request(prompts, sampling, model.config)
+    batch, limit = len(prompts), sampling.max_new_tokens
+    prompt, room = bucket(max(map(len, prompts)), model.config), bucket(limit, model.config)
+    tokens = jnp.asarray(pad_prompts(prompts, prompt))
+    lengths = jnp.asarray([len(ids) for ids in prompts], jnp.int32)
+    uniforms = np.zeros((batch, room), np.float32)
+    uniforms[:, :limit] = draw_uniforms(seed, batch, limit)
+    parts = split(model)
+
+    progress = _start(*parts, tokens, lengths, room, compute)
+    run = partial(_run, *parts, lengths=lengths, uniforms=jnp.asarray(uniforms))
+    settings = {"prompt": prompt, "sampling": replace(sampling, max_new_tokens=room), "compute": compute}
+    if on_token is None:
+        progress = run(progress, limit=limit, **settings)
+    else:
+        for step in range(limit):
+            progress = run(progress, limit=step + 1, **settings)
+            ids, running = jax.device_get((progress.tokens[:, step], progress.running))
+            on_token([int(number) if alive else None for alive, number in zip(running, ids, strict=True)])
+            if not running.any():
+                break
+    rows, counts = jax.device_get((progress.tokens, progress.counts))
+    return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
+
+
+def bucket(length: int, config: ModelConfig) -> int:
+    """The length that arrays are made for: 16, 24, 32, 48, 64 and so on, at most the context."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, config.max_position)
+
+
+class Progress(NamedTuple):
+    """How far a batch has come."""
+
+    logits: Float[Array, "batch vocab"]
+    """Of the next token."""
+    cache: Cache
+    seen: Bool[Array, "batch vocab"]
+    """Which tokens are in the prompt or in the text."""
+    tokens: Int[Array, "batch new"]
+    counts: Int[Array, " batch"]
+    """New tokens of each row, without the stop token."""
+    running: Bool[Array, " batch"]
+    step: Int[Array, ""]
+    """New tokens of the rows that still run."""
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _start(
+    graphdef: nnx.GraphDef,
+    params: Tree,
+    biases: Tree,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    room: int,
+    compute: ComputeConfig,
+) -> Progress:
+    """The prompts run through the model, with room for new tokens."""
+    model = merge(graphdef, params, biases)
+    batch, prompt = tokens.shape
+    logits, cache = prefill(model, tokens, lengths, prompt + room, compute)
+    # A padded position repeats the row's first token, so that it marks nothing.
+    inside = jnp.where(jnp.arange(prompt) < lengths[:, None], tokens, tokens[:, :1])
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], inside].set(True)
+    new = jnp.zeros((batch, room), jnp.int32)
+    return Progress(logits, cache, seen, new, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("prompt", "sampling", "compute"), donate_argnums=3)
+def _run(
+    graphdef: nnx.GraphDef,
+    params: Tree,
+    biases: Tree,
+    progress: Progress,
+    *,
+    lengths: Int[Array, " batch"],
+    uniforms: Float[Array, "batch new"],
+    limit: Int[Array, ""],
+    prompt: int,
+    sampling: Sampling,
+    compute: ComputeConfig,
+) -> Progress:
+    """Go on until `limit` new tokens or until every row has met the stop token."""
+    model = merge(graphdef, params, biases)
+    table = make_rope(model.config, model.config.max_position, compute.dtype)
+
+    def unfinished(progress):
+        return (progress.step < limit) & progress.running.any()
+
+    def one_token(progress):
+        logits, cache, seen, tokens, counts, running, step = progress
+        rows = jnp.arange(seen.shape[0])
+        token = choose_token(logits, seen, uniforms[:, step], sampling).astype(jnp.int32)
+        if sampling.stop_token is not None:
+            running &= token != sampling.stop_token
+        tokens = tokens.at[:, step].set(token)
+        seen = seen.at[rows, token].set(True)
+        logits, cache = decode(model, token, cache, prompt, lengths, step, table, compute)
+        return Progress(logits, cache, seen, tokens, counts + running, running, step + 1)
+
+    return jax.lax.while_loop(unfinished, one_token, progress)

@@ -1,0 +1,240 @@
+"""Generation with a cache of latents.
+
+- the cache holds 112 values a token and layer (`smol-774m`): the normed latent, and the rotated key that heads share
+- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent, the
+  query passes through the key part of `kv_b_proj`, attention runs on the latents themselves, and its result passes
+  through the value part
+- prompts run through the training forward pass; of different lengths, they are padded on the right and masked
+- a new token reads the weights of the chosen experts alone
+- repetition penalty, temperature, top-k, top-p and min-p in the order and with the meaning of `transformers`
+
+Slots of the cache: prompts fill the first ones, each up to its length; the new tokens of all rows follow at the width
+of the padded prompts. A token's position is in its rotated key, so slots in between that hold nothing do no harm.
+Twin of `flax_model/generate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_ref.attention import Attention
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
+from torch_ref.interface import Sampling
+from torch_ref.layers import wide
+from torch_ref.model import Block, Model
+from torch_ref.moe import EXPERT_PATHS, Experts, Routing, count_experts
+from torch_ref.rotary import Rope, make_rope
+
+Cache = Float[Tensor, "layers batch slots cached"]
+"""Per layer, row and slot: the normed latent, then the rotated key."""
+
+
+def prefill(
+    model: Model,
+    tokens: Int[Tensor, "batch prompt"],
+    lengths: Int[Tensor, " batch"],
+    slots: int,
+    compute: ComputeConfig,
+) -> tuple[Float[Tensor, "batch vocab"], Cache]:
+    """Run padded prompts through the model: the scores of each row's next token, and a cache of `slots` slots whose
+    first ones hold the prompts."""
+    config = model.config
+    batch, prompt = tokens.shape
+    dtype = getattr(torch, compute.dtype)
+    rope = make_rope(config, prompt, dtype, tokens.device)
+    x = F.embedding(tokens.long(), model.embed_tokens.weight).to(dtype)
+    cache = x.new_zeros(config.num_layers, batch, slots, config.cache_values_per_token)
+    for layer, block in zip(cache, model.layers, strict=True):
+        # These two small products are taken again inside the block, which is the price of leaving it as it is.
+        layer[:, :prompt] = torch.cat(block.attention.latents(block.input_norm(x), rope), dim=-1)
+        x, _ = block(x, rope, compute)
+    last = x[torch.arange(batch, device=x.device), lengths.long() - 1]
+    return model.logits(model.norm(last)), cache
+
+
+def decode(
+    model: Model,
+    token: Int[Tensor, " batch"],
+    cache: Cache,
+    prompt: int,
+    lengths: Int[Tensor, " batch"],
+    step: int,
+    table: Rope,
+    compute: ComputeConfig,
+) -> Float[Tensor, "batch vocab"]:
+    """Run new token number `step` of each row through the model, and write it into the cache.
+
+    Args:
+        prompt: width of the padded prompts, `lengths` those of the prompts themselves.
+        table: the rotary table of all positions.
+
+    Returns the scores of the next token.
+    """
+    dtype = getattr(torch, compute.dtype)
+    slot = prompt + step
+    slots = torch.arange(slot + 1, device=token.device)
+    visible = (slots < lengths[:, None]) | (slots >= prompt)
+    position = (lengths + step).long()[:, None]
+    rope = Rope(table.cos[position], table.sin[position])
+    x = F.embedding(token.long(), model.embed_tokens.weight)[:, None].to(dtype)
+    for layer, block in zip(cache, model.layers, strict=True):
+        x = x + attend_latents(block.attention, block.input_norm(x), rope, layer[:, : slot + 1], visible)
+        x = x + feed_forward(block, block.post_attention_norm(x), compute)
+    return model.logits(model.norm(x[:, 0]))
+
+
+def attend_latents(
+    attention: Attention,
+    x: Float[Tensor, "batch 1 hidden"],
+    rope: Rope,
+    cache: Float[Tensor, "batch slots cached"],
+    visible: Bool[Tensor, "batch slots"],
+) -> Float[Tensor, "batch 1 hidden"]:
+    """Attention of one new token per row to the visible slots. Its own entry is written into the last slot. Softmax
+    in float32 or wider."""
+    c = attention.config
+    cache[:, -1:] = torch.cat(attention.latents(x, rope), dim=-1)
+    q_nope, q_rope = (q[:, 0].unflatten(1, (c.num_kv_heads, -1)) for q in attention.queries(x, rope))
+    key, value = key_and_value_parts(attention.kv_b_proj.weight.to(x.dtype), c)
+    q = torch.cat((torch.einsum("bkgn,knl->bkgl", q_nope, key), q_rope), dim=-1)
+    scores = wide(torch.einsum("bkgc,bsc->bkgs", q, cache)) * c.softmax_scale
+    probabilities = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(x.dtype)
+    latent = torch.einsum("bkgs,bsl->bkgl", probabilities, cache[..., : c.kv_lora_rank])
+    out = torch.einsum("bkgl,kvl->bkgv", latent, value)
+    return attention.o_proj(out.flatten(1)[:, None])
+
+
+def key_and_value_parts(
+    weight: Float[Tensor, "rows latent"], config: ModelConfig
+) -> tuple[Float[Tensor, "kv_heads nope latent"], Float[Tensor, "kv_heads vdim latent"]]:
+    """`kv_b_proj` as the maps from a latent to each K/V head's keys and to its values."""
+    per_head = weight.unflatten(0, (config.num_kv_heads, -1))
+    return per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+
+
+def feed_forward(
+    block: Block, x: Float[Tensor, "batch 1 hidden"], compute: ComputeConfig
+) -> Float[Tensor, "batch 1 hidden"]:
+    """The MLP of a block for one new token per row: what `MoE` computes, without its reports."""
+    if block.dense:
+        return block.mlp(x)
+    moe, rows = block.mlp, x[:, 0]
+    out = chosen_experts(moe.experts, rows, moe.router(rows), compute)[:, None]
+    return out + moe.shared_expert(x) if moe.config.n_shared_experts else out
+
+
+def chosen_experts(
+    experts: Experts, x: Float[Tensor, "tokens hidden"], routing: Routing, compute: ComputeConfig
+) -> Float[Tensor, "tokens hidden"]:
+    """The routed experts on a few tokens: reads each chosen expert once, and no other. On the CPU; elsewhere asking
+    which ones they are would wait for the device, so the training path runs."""
+    gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
+    if x.device.type != "cpu":
+        return EXPERT_PATHS[compute.moe](x, routing, gate, up, down, False)
+    out = torch.zeros_like(x)
+    for expert in count_experts(routing.chosen, gate.shape[0]).nonzero()[:, 0].tolist():
+        mine = routing.chosen == expert
+        rows = mine.any(1)
+        weights = (routing.weights * mine).sum(1)[rows, None].to(x.dtype)
+        g, u, d = (weight[expert].to(x.dtype) for weight in (gate, up, down))
+        out[rows] += F.linear(F.silu(F.linear(x[rows], g)) * F.linear(x[rows], u) * weights, d)
+    return out
+
+
+def filter_logits(
+    logits: Float[Tensor, "batch vocab"], seen: Bool[Tensor, "batch vocab"], sampling: Sampling
+) -> Float[Tensor, "batch vocab"]:
+    """Scores of the next token with those that may not be drawn at -inf, in the order of `transformers`: repetition
+    penalty (Keskar et al. 2019) on tokens of the prompt and of the text so far, temperature, top-k, top-p (Holtzman
+    et al. 2020), min-p (Nguyen et al. 2024). Tokens tied with the last one kept are kept. Greedy: the penalty alone."""
+    vocab = logits.shape[-1]
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < vocab:
+        last_kept = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < last_kept, float("-inf"))
+    if sampling.top_p < 1:
+        ascending = logits.sort(-1).values
+        dropped = (ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p).sum(-1, keepdim=True)
+        last_kept = ascending.gather(1, dropped.clamp(max=vocab - 1))
+        logits = logits.masked_fill(logits < last_kept, float("-inf"))
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        threshold = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < threshold, float("-inf"))
+    return logits
+
+
+def choose_token(
+    logits: Float[Tensor, "batch vocab"],
+    seen: Bool[Tensor, "batch vocab"],
+    uniform: Float[Tensor, " batch"],
+    sampling: Sampling,
+) -> Int[Tensor, " batch"]:
+    """The next token of each row: the most likely (of equals the lowest id), or drawn by inverting the cumulative
+    distribution at `uniform`."""
+    logits = filter_logits(logits, seen, sampling)
+    if sampling.greedy:
+        return logits.argmax(-1)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    seed: int,
+    compute: ComputeConfig,
+    on_token: Callable[[list[int | None]], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to `sampling.max_new_tokens` tokens.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        seed: of the random draws. A row's stream depends on the seed and its number in the batch alone.
+        compute: resolved (no `auto`).
+        on_token: called with every step's tokens as they come, None for rows that have ended.
+
+    Returns the new tokens of each prompt, without the stop token. Raises `UserError`, before any work, if prompt and
+    new tokens do not fit the context, or a setting of `sampling` makes no sense.
+    """
+    check_request(prompts, sampling, model.config)
+    device, batch = model.embed_tokens.weight.device, len(prompts)
+    prompt = max(map(len, prompts))
+    tokens = torch.from_numpy(pad_prompts(prompts, prompt)).to(device)
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
+    table = make_rope(model.config, prompt + sampling.max_new_tokens, getattr(torch, compute.dtype), device)
+    uniforms = torch.from_numpy(draw_uniforms(seed, batch, sampling.max_new_tokens)).to(device)
+    seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, ids in zip(seen, prompts, strict=True):
+        row[torch.tensor(ids, device=device)] = True
+
+    logits, cache = prefill(model, tokens, lengths, prompt + sampling.max_new_tokens, compute)
+    texts: list[list[int]] = [[] for _ in prompts]
+    running = [True] * batch
+    for step in range(sampling.max_new_tokens):
+        token = choose_token(logits, seen, uniforms[:, step], sampling)
+        seen.scatter_(1, token[:, None], True)
+        ids = token.tolist()
+        running = [alive and number != sampling.stop_token for alive, number in zip(running, ids, strict=True)]
+        for text, alive, number in zip(texts, running, ids, strict=True):
+            if alive:
+                text.append(number)
+        if on_token is not None:
+            on_token([number if alive else None for alive, number in zip(running, ids, strict=True)])
+        if not any(running) or step + 1 == sampling.max_new_tokens:
+            break
+        logits = decode(model, token, cache, prompt, lengths, step, table, compute)
+    return texts
