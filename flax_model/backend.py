@@ -29,9 +29,10 @@ from flax_model.checkpoint import Checkpoints
 from flax_model.device import describe, resolve_compute, resolve_device
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
-from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated
+from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated, tree_bytes
 from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.memory import require_host_memory
 from torch_ref.parameters import flax_path, initial_values, parameter_table
 from torch_ref.training_state import FORMAT, LazyArrays, json_copy, require_config, require_state, split_batch
 
@@ -168,6 +169,7 @@ class FlaxBackend:
         self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
+        require_host_memory(tree_bytes(self._state), "a copy of the state")
         return jax.tree.map(lambda leaf: np.array(leaf), self._state)
 
     def rollback(self, snapshot: Any) -> None:

@@ -194,6 +194,12 @@ def test_snapshot_brings_everything_back_as_often_as_asked(backend):
         assert_same(arrays(backend.state()), before)
 
 
+def test_snapshot_without_room_is_refused(backend, monkeypatch):
+    monkeypatch.setattr("torch_ref.memory.host_memory_available", lambda: 1000)
+    with pytest.raises(UserError, match="a copy of the state takes"):
+        backend.snapshot()
+
+
 def test_evaluate_sums_over_scored_targets_and_changes_nothing(backend):
     inputs, targets = batch(0, rows=5, unscored=0.5)
     before = arrays(backend.state())
@@ -229,6 +235,25 @@ def test_rematerialisation_changes_no_number(backend, remat):
     assert_close({name: state[name] for name in moments}, {name: expected_state[name] for name in moments}, 1e-5)
     for name in (f"weights {name}" for name in ROWS if name.endswith("balance_bias")):
         np.testing.assert_array_equal(state[name], expected_state[name])
+
+
+def test_half_precision_computes_in_it_and_keeps_the_state_in_single(backend):
+    total, scored = backend.evaluate(*batch(0))
+    other = make_backend(backend.framework, compute=dataclasses.replace(COMPUTE, dtype="bfloat16"))
+    other.init(0)
+    half_total, _ = other.evaluate(*batch(0))
+    assert 0 < abs(half_total - total) / scored < 0.02
+    if backend.framework == "flax":  # its step takes long to compile in half precision: look at what it would return
+        import jax
+
+        tokens = jax.ShapeDtypeStruct((1, 2, 16), np.int32)
+        state, _ = jax.eval_shape(other._train_step, other._abstract, tokens, tokens, np.float32(1))
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+        assert dtypes == {"float32", "int32"}
+    else:
+        other.step(*batch(0))
+        assert {str(value.dtype) for name, value in arrays(other.state()).items() if " " in name} == {"float32"}
+    other.close()
 
 
 def test_flax_compiles_one_step(backend, tmp_path):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.device import describe, fused_adamw, resolve_compute, resolve_device
 from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.memory import require_host_memory
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.parameters import initial_values, parameter_table
@@ -144,7 +145,8 @@ class TorchBackend:
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], grad_norm: float, rate: float, counts: Tensor) -> None:
         if grad_norm > self.optimizer_config.grad_clip:
-            torch._foreach_mul_(gradients, self.optimizer_config.grad_clip / grad_norm)
+            for gradient in gradients:
+                gradient.mul_(self.optimizer_config.grad_clip / grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
@@ -217,10 +219,9 @@ class TorchBackend:
         Path(path).unlink()
 
     def snapshot(self) -> Any:
-        host = [
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (self._tensors, self._moment("exp_avg"), self._moment("exp_avg_sq"))
-        ]
+        groups = self._tensors, self._moment("exp_avg"), self._moment("exp_avg_sq")
+        require_host_memory(sum(tensor.nbytes for group in groups for tensor in group.values()), "a copy of the state")
+        host = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()} for group in groups]
         return host, self._steps, self._updates
 
     def rollback(self, snapshot: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from torch_ref.config import ModelConfig
+from torch_ref.interface import UserError
 from torch_ref.parameters import count_parameters
 
 Remat = Literal["off", "experts", "layers"]
@@ -80,3 +81,13 @@ def host_memory_available() -> int | None:
         except (OSError, ValueError):
             return None
     return min(limits)
+
+
+def require_host_memory(needed: int, what: str) -> None:
+    """Raises `UserError` where `needed` bytes are not free: better than being killed by the system half-way."""
+    available = host_memory_available()
+    if available is not None and needed > available:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
+            "free some, or use a smaller --preset"
+        )
