@@ -2,6 +2,8 @@
 
 On Ampere and later GPUs JAX multiplies float32 matrices in TF32 unless told otherwise, and torch does not: set the
 environment variable JAX_DEFAULT_MATMUL_PRECISION=highest where float32 runs of the two are to be compared on a GPU.
+On the CPU a run repeats bit for bit; on a GPU that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+
 Twin of `torch_ref/device.py`.
 """
 
@@ -41,8 +43,13 @@ def describe(device: jax.Device) -> str:
 
 
 def default_dtype(device: jax.Device) -> str:
-    """Compute dtype of `--dtype auto`: bfloat16 on a GPU, float32 on the CPU."""
-    return "float32" if device.platform == "cpu" else "bfloat16"
+    """Compute dtype of `--dtype auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    return "bfloat16" if _has_bfloat16(device) else "float32"
+
+
+def _has_bfloat16(device: jax.Device) -> bool:
+    """NVIDIA GPUs from Ampere (8.0) on."""
+    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
 
 
 def available_memory(device: jax.Device) -> int | None:
@@ -60,12 +67,12 @@ def resolve_compute(compute: ComputeConfig, device: jax.Device) -> ComputeConfig
         raise UserError("--dtype float64: only on the CPU; use --device cpu")
     attention, moe = compute.attention, compute.moe
     if attention == "auto":
-        attention = "cudnn" if device.platform == "gpu" and compute.dtype == "bfloat16" else "blocked"
+        attention = "cudnn" if _has_bfloat16(device) and compute.dtype == "bfloat16" else "blocked"
     if moe == "auto":
         moe = "grouped" if on_cpu else "blocks"
     for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
         if path not in paths:
             raise UserError(f"--{option} {path}: Flax has {', '.join(paths)}")
-    if attention == "cudnn" and (compute.dtype != "bfloat16" or device.platform != "gpu"):
-        raise UserError("--attention cudnn: needs --dtype bfloat16 and an NVIDIA GPU; use --attention blocked")
+    if attention == "cudnn" and not (_has_bfloat16(device) and compute.dtype == "bfloat16"):
+        raise UserError("--attention cudnn: needs --dtype bfloat16 and an NVIDIA GPU from 2020 on; use blocked")
     return dataclasses.replace(compute, attention=attention, moe=moe)

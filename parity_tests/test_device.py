@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -189,6 +190,25 @@ def test_flax_devices_and_paths():
         device.resolve_compute(ComputeConfig(attention="cudnn"), cpu)
     with pytest.raises(UserError, match="--moe fast: Flax has .*grouped"):
         device.resolve_compute(ComputeConfig(moe="fast"), cpu)
+
+
+def test_flax_choices_on_gpus():
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    from flax_model import device
+
+    def gpu(capability):
+        return Mock(spec=jax.Device, platform="gpu", compute_capability=capability)
+
+    new, old = gpu("9.0"), gpu("7.5")
+    assert (device.default_dtype(new), device.default_dtype(old)) == ("bfloat16", "float32")
+    paths = {}
+    for name, where, dtype in (("half", new, "bfloat16"), ("single", new, "float32"), ("old", old, "bfloat16")):
+        compute = device.resolve_compute(ComputeConfig(dtype), where)
+        paths[name] = compute.attention, compute.moe
+    assert paths == {"half": ("cudnn", "blocks"), "single": ("blocked", "blocks"), "old": ("blocked", "blocks")}
+    with pytest.raises(UserError, match="--dtype float64"):
+        device.resolve_compute(ComputeConfig("float64"), new)
 
 
 def test_remat_is_the_cheapest_that_fits():
