@@ -151,8 +151,12 @@ PRESETS: dict[str, ModelConfig] = {
         moe_intermediate_size=448,
     ),
     "smol-774m": ModelConfig(),
+    # SmolLM2 has RoPE base 100000 over 64 values; the 20 highest of its 32 frequencies are those of base
+    # 100000^(20/32) over 40: the nearest float32, since RoPE tables are made from one.
+    "smol-774m-warm": ModelConfig(rope_theta=1333.521484375),
 }
-"""Named sizes. `tiny` trains on a laptop's CPU in minutes, `small` has about 50 M parameters."""
+"""Named sizes. `tiny` trains on a laptop's CPU in minutes, `small` has about 50 M parameters, `smol-774m-warm` is what
+`python -m train.warm_start` makes of SmolLM2-135M."""
 
 
 DType = Literal["float32", "bfloat16", "float64"]

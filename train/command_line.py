@@ -130,7 +130,7 @@ def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Opti
             )
     except SystemExit as stop:
         if stop.code:
-            raise UserError(_first_sentence(said.getvalue())) from None
+            raise UserError(first_sentence(said.getvalue())) from None
         raise
     if unknown:
         flags = [flag(field.name) for group in GROUPS for field in dataclasses.fields(group)]
@@ -139,7 +139,7 @@ def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Opti
     return Options(**{name: value for section in sections for name, value in vars(section).items()}, model=model)
 
 
-def _first_sentence(box: str) -> str:
+def first_sentence(box: str) -> str:
     """The message in tyro's error box, which ends at the first rule, on one line."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     end = next((number for number, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))

@@ -1,0 +1,274 @@
+"""What a warm start learns, in torch (imported when called): statistics of the old attention, each new attention fitted
+to the old one's output, and the new dense model, as a whole, to the old one's predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.interface import IGNORE
+from torch_ref.parameters import Parameter, parameter_table
+from train.packing import Rows
+from train.warm_attention import Calibration
+from train.warm_teacher import Teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torch_ref.model import Model
+
+WARMUP_SHARE = 0.1
+"""Of the steps of a fit: the learning rate rises over them, then falls along a half cosine to 0."""
+
+LOGITS_CHUNK = 256
+"""Tokens whose logits exist at once, of both models."""
+
+
+class AdamWSettings(NamedTuple):
+    steps: int
+    batch: int
+    """Rows a step."""
+    learning_rate: float
+
+
+def learning_rate(step: int, settings: AdamWSettings) -> float:
+    warmup = max(1, round(WARMUP_SHARE * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(settings.steps - warmup, 1)))
+
+
+def calibrate(teacher: Teacher, layer: int, x: Float[Tensor, "batch seq hidden"]) -> Calibration:
+    """Statistics of one layer's attention on normed inputs `x`; the scores of one sequence are held at a time."""
+    import torch
+
+    seq = x.shape[1]
+    rotation = teacher.rotation(seq)
+    angle = np.arange(seq)[:, None] * teacher.inverse_frequencies().astype(np.float64)
+    turns = torch.from_numpy(np.exp(1j * angle).astype(np.complex64))
+    causal = torch.ones(seq, seq, dtype=torch.bool).tril()
+    o = torch.from_numpy(teacher.attention_weights(layer).o.copy())
+    groups = teacher.heads // teacher.kv_heads
+    received = []
+    turn, spread = turns.new_zeros(teacher.heads, turns.shape[1]), o.new_zeros(teacher.heads)
+    for sequence in x.split(1):
+        q, k, v = (y[0] for y in teacher.queries_keys_values(layer, sequence, rotation))
+        k, v = (y.repeat_interleave(groups, dim=0) for y in (k, v))
+        scores = q @ k.transpose(1, 2) / teacher.head_dim**0.5
+        attention = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        received.append(attention.square().sum((0, 1)))
+        turn += ((attention.to(turns.dtype) @ turns) * turns.conj()).mean(1) / len(x)
+        added = v @ o.transpose(1, 2)  # what each value would add to the output: [heads, seq, hidden]
+        mean_square = (attention @ added.square().sum(-1, keepdim=True)).squeeze(-1)
+        spread += (mean_square - (attention @ added).square().sum(-1)).mean(1) / len(x)
+    return Calibration(x.flatten(0, 1).numpy(), torch.cat(received).numpy(), turn.numpy(), spread.clamp(min=0).numpy())
+
+
+def fit_attention(
+    config: ModelConfig,
+    weights: dict[str, np.ndarray],
+    x: Float[Tensor, "rows seq hidden"],
+    wanted: Float[Tensor, "rows seq hidden"],
+    settings: AdamWSettings,
+    seed: int,
+    stepped: Callable[[], None] = lambda: None,
+) -> dict[str, np.ndarray]:
+    """Latent attention, from `weights` on, trained to give `wanted` for the normed inputs `x`: AdamW on the squared
+    error relative to the mean square of `wanted`. `stepped` is called after each step."""
+    import torch
+
+    attention = attention_module(config, weights)
+    rope = _rope(config, x.shape[1])
+    optimizer = torch.optim.AdamW(attention.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    scale = wanted.square().mean()
+    for step, rows in zip(range(settings.steps), _shuffled_rows(len(x), settings.batch, seed), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        loss = (attention(x[rows], rope, "sdpa") - wanted[rows]).square().mean() / scale
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(attention.parameters(), 1.0)
+        optimizer.step()
+        stepped()
+    return {name: value.detach().numpy().copy() for name, value in attention.state_dict().items()}
+
+
+def attention_error(
+    config: ModelConfig,
+    weights: dict[str, np.ndarray],
+    x: Float[Tensor, "rows seq hidden"],
+    wanted: Float[Tensor, "rows seq hidden"],
+) -> float:
+    """Norm of the error of a latent attention's output over the norm of `wanted`."""
+    import torch
+
+    with torch.no_grad():
+        out = attention_module(config, weights)(x, _rope(config, x.shape[1]), "sdpa")
+        return ((out - wanted).norm() / wanted.norm()).item()
+
+
+def attention_module(config: ModelConfig, weights: dict[str, np.ndarray]) -> nn.Module:
+    import torch
+
+    from torch_ref.attention import Attention
+
+    attention = Attention(config)
+    attention.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    return attention
+
+
+def _rope(config: ModelConfig, length: int):
+    import torch
+
+    from torch_ref.rotary import make_rope
+
+    return make_rope(config, length, torch.float32, torch.device("cpu"))
+
+
+def _shuffled_rows(count: int, batch: int, seed: int) -> Iterator[Int[np.ndarray, " batch"]]:
+    """Batches of row numbers without end; every row once before any comes again."""
+    generator = np.random.default_rng(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < min(batch, count):
+            waiting += generator.permutation(count).tolist()
+        yield np.array(waiting[:batch])
+        del waiting[:batch]
+
+
+# The dense model
+
+
+def dense_values(
+    config: ModelConfig, teacher: Teacher, attention: list[dict[str, np.ndarray]]
+) -> Iterator[tuple[Parameter, np.ndarray]]:
+    """Every tensor of the dense model `config`: the teacher's, with the given attention layers."""
+    names = {
+        "input_norm": "input_norm",
+        "post_attention_norm": "post_attention_norm",
+        "mlp.gate_proj": "gate",
+        "mlp.up_proj": "up",
+        "mlp.down_proj": "down",
+    }
+    for row in parameter_table(config):
+        first, _, rest = row.name.partition(".")
+        if first != "layers":
+            yield row, {"embed_tokens": teacher.embedding, "norm": teacher.norm}[first].numpy()
+            continue
+        layer, _, rest = rest.partition(".")
+        if rest.startswith("attention."):
+            yield row, attention[int(layer)][rest.removeprefix("attention.")]
+        else:
+            yield row, getattr(teacher.layers[int(layer)], names[rest.removesuffix(".weight")]).numpy()
+
+
+def distill(
+    model: Model,
+    teacher: Teacher,
+    rows: Int[np.ndarray, "rows seq"],
+    settings: AdamWSettings,
+    compute: ComputeConfig,
+    stepped: Callable[[float], None] = lambda loss: None,
+) -> None:
+    """Train the attention and the norms of a dense model so that its predictions become the teacher's: mean over
+    tokens of KL(teacher || model), which `stepped` gets after each step, in nats. Rows are taken in order.
+
+    Embedding and MLPs stay as they are: they hold what the teacher knows, and are not what was replaced."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".attention." in name or "norm" in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(settings.steps):
+        tokens = torch.from_numpy(rows[step * settings.batch : (step + 1) * settings.batch])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        with torch.no_grad():
+            wanted = teacher.hidden(tokens, getattr(torch, compute.dtype)).float()
+        hidden = model(tokens, compute).hidden
+        divergence, upstream = _divergence(hidden.detach().float(), model.embed_tokens.weight.detach(), wanted, teacher)
+        optimizer.zero_grad()
+        hidden.backward(upstream.to(hidden.dtype))
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        stepped(divergence)
+    model.requires_grad_(True)
+
+
+def _divergence(
+    hidden: Float[Tensor, "batch seq hidden"],
+    embedding: Float[Tensor, "vocab hidden"],
+    wanted: Float[Tensor, "batch seq hidden"],
+    teacher: Teacher,
+) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
+    """Mean KL(teacher || model) over tokens and its gradient with respect to `hidden`, by chunks of tokens:
+    d KL / d logits = softmax(logits) - softmax(teacher's logits)."""
+    import torch
+
+    total, gradients = 0.0, []
+    with torch.no_grad():
+        chunks = zip(hidden.flatten(0, 1).split(LOGITS_CHUNK), wanted.flatten(0, 1).split(LOGITS_CHUNK), strict=True)
+        for ours, theirs in chunks:
+            log_p = (theirs @ teacher.embedding.T).log_softmax(-1)
+            log_q = (ours @ embedding.T).log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum().item()
+            gradients.append((log_q.exp_() - p) @ embedding)
+    count = hidden.shape[0] * hidden.shape[1]
+    return total / count, (torch.cat(gradients) / count).view_as(hidden)
+
+
+# Measuring
+
+
+def mean_loss(
+    hidden_of: Callable[[Tensor], Float[Tensor, "batch seq hidden"]],
+    embedding: Float[Tensor, "vocab hidden"],
+    rows: Rows,
+) -> float:
+    """Mean next-token loss over the scored targets of `rows`, in nats. `hidden_of` gives final hidden states."""
+    import torch
+
+    from torch_ref.loss import cross_entropy
+
+    total = 0.0
+    with torch.no_grad():
+        for inputs, targets in zip(rows.inputs, rows.targets, strict=True):
+            hidden = hidden_of(torch.from_numpy(inputs)[None])[0]
+            total += cross_entropy(hidden, embedding, torch.from_numpy(targets), LOGITS_CHUNK).item()
+    return total / int((rows.targets != IGNORE).sum())
+
+
+class MlpInputs(NamedTuple):
+    """Statistics of what enters one layer's MLP, over tokens."""
+
+    mean: Float[np.ndarray, " hidden"]
+    second_moment: Float[np.ndarray, "hidden hidden"]
+
+
+def mlp_inputs(model: Model, rows: Int[np.ndarray, "rows seq"], compute: ComputeConfig) -> list[MlpInputs]:
+    """Statistics of every layer's normed MLP inputs on some text."""
+    import torch
+
+    sums = [[0.0, 0.0] for _ in model.layers]
+    hooks = []
+    for layer, block in enumerate(model.layers):
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> None:
+            x = inputs[0].flatten(0, 1).double()
+            sums[layer][0] += x.sum(0).numpy()
+            sums[layer][1] += (x.T @ x).numpy()
+
+        hooks.append(block.mlp.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for row in rows:
+            model(torch.from_numpy(row)[None], compute)
+    for hook in hooks:
+        hook.remove()
+    return [MlpInputs(total / rows.size, moment / rows.size) for total, moment in sums]
