@@ -18,6 +18,7 @@ from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.interface import TrainingState, UserError
 from torch_ref.parameters import initial_values, parameter_table
 from torch_ref.training_state import LazyArrays
+from train import command_line
 from train.convert import convert, main
 from train.options import Options
 from train.state_io import RUN, read_state, write_state
@@ -279,6 +280,19 @@ def test_conflicts_are_named(tmp_path):
     pytest.importorskip("torch")
     with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
         load_checkpoint(make_backend("torch"), tmp_path / "state")
+
+
+def test_init_from_brings_the_model_sizes(tmp_path):
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
+    flags = ["--preset", "tiny", "--seq-len", "16", "--init-from", str(tmp_path / "state")]
+    assert command_line.parse(flags, "train").model == CONFIG
+    options = command_line.parse([*flags, "--balance-bias-rate", "0", "--kv-lora-rank", "9"], "train")
+    assert options.model == dataclasses.replace(CONFIG, balance_bias_rate=0.0, kv_lora_rank=9)
+    with pytest.raises(UserError, match="kv_lora_rank = 8, this run has 9; use --kv-lora-rank 8"):
+        read_start(options.init_from, options.model)
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        command_line.parse(["--init-from", "nowhere"], "train")
 
 
 # The command

@@ -1,5 +1,6 @@
 """Options from a preset, a TOML file and the command line, in this order of precedence: preset < `--config FILE.toml`
-< flags. Every mistake is refused in one line that names the option or the file.
+< flags. `--init-from` brings its model's sizes in place of the preset's. Every mistake is refused in one line that
+names the option or the file.
 
 `python -m train.command_line` prints the README's table of settings.
 """
@@ -28,6 +29,7 @@ import tyro
 from torch_ref.config import PRESETS, ModelConfig, SpecificationError
 from torch_ref.interface import UserError
 from train.options import GROUPS, SECTIONS, Options, RunOptions, flag
+from train.state_sources import config_of
 
 
 def parse(argv: Sequence[str], prog: str) -> Options:
@@ -35,9 +37,12 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--config", type=Path)
+    early.add_argument("--init-from", type=Path)
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
+    if chosen.init_from:
+        values["model"] = config_of(chosen.init_from)  # sizes given below must then agree, or `read_start` refuses
     values = _overlay(values, file_values, str(chosen.config))
     return _parse_flags(argv, prog, values)
 

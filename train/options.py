@@ -41,7 +41,7 @@ class RunOptions:
     resume_from: Path | None = None
     """Go on from this checkpoint instead of the run folder's latest."""
     init_from: Path | None = None
-    """Start from these weights (a weights file, an exported or a converted folder) instead of seeded ones."""
+    """Start from these weights (a weights file, an exported or a converted folder), whose model sizes come along."""
     allow_changed_settings: bool = False
     """Resume although settings or data that shape the trajectory differ from the checkpoint's."""
     find_lr: bool = False
