@@ -106,21 +106,21 @@ class Attention(nnx.Module):
         self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size, stack)
 
     def queries(
-        self, x: Float[Array, "batch seq hidden"], rope: Rope
-    ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
+        self, x: Float[Array, "*batch hidden"], rope: Rope
+    ) -> tuple[Float[Array, "*batch heads nope"], Float[Array, "*batch heads rope"]]:
         """Queries of all heads: the part without position, and the rotated part."""
         c = self.config
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
-        q = q.reshape(*x.shape[:2], c.num_heads, c.qk_head_dim)
+        q = q.reshape(*x.shape[:-1], c.num_heads, c.qk_head_dim)
         q_nope, q_rope = jnp.split(q, (c.qk_nope_head_dim,), axis=-1)
         return q_nope, apply_rope(q_rope, rope)
 
     def latents(
-        self, x: Float[Array, "batch seq hidden"], rope: Rope
-    ) -> tuple[Float[Array, "batch seq latent"], Float[Array, "batch seq rope"]]:
+        self, x: Float[Array, "*batch hidden"], rope: Rope
+    ) -> tuple[Float[Array, "*batch latent"], Float[Array, "*batch rope"]]:
         """What a token leaves for later ones: its normed latent, and the rotated key that all heads share."""
         latent, k_rope = jnp.split(self.kv_a_proj(x), (self.config.kv_lora_rank,), axis=-1)
-        return self.kv_a_norm(latent), apply_rope(k_rope[:, :, None], rope)[:, :, 0]
+        return self.kv_a_norm(latent), apply_rope(k_rope[..., None, :], rope)[..., 0, :]
 
     def expand(
         self, latent: Float[Array, "batch seq latent"], k_rope: Float[Array, "batch seq rope"]

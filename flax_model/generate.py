@@ -33,7 +33,7 @@ from flax_model.model import Block, Model, Tree, merge, split
 from flax_model.moe import Experts, Routing, count_experts
 from flax_model.rotary import Rope, make_rope
 from torch_ref.config import ComputeConfig, ModelConfig
-from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
+from torch_ref.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
 
 Cache = Float[Array, "layers batch slots cached"]
@@ -85,9 +85,10 @@ def decode(
     slot = prompt + step
     slots = jnp.arange(cache.shape[2])
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
-    position = (lengths + step)[:, None]
-    rope = Rope(table.cos[position], table.sin[position])
-    x = model.embed_tokens.weight[...][token][:, None].astype(compute.dtype)
+    rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
+    # Tied to the token, so that XLA does not widen a bfloat16 embedding ahead of the loop that this runs in.
+    embedding, token = jax.lax.optimization_barrier((model.embed_tokens.weight[...], token))
+    x = embedding[token].astype(compute.dtype)
     first = 0
     for stacked in stacks(model):
         graphdef, state = nnx.split(stacked)
@@ -96,7 +97,7 @@ def decode(
         # By number, and not as a scan over the weights, which would copy every layer's before it is read.
         def one_layer(layer, carry, graphdef=graphdef, state=state, stacked=stacked, first=first):
             x, cache = carry
-            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: read(leaf, layer), state))
             attended, cache = attend_latents(
                 block.attention, block.input_norm(x), rope, cache, first + layer, slot, visible
             )
@@ -105,7 +106,28 @@ def decode(
 
         x, cache = jax.lax.fori_loop(0, layers, one_layer, (x, cache))
         first += layers
-    return model.logits(model.norm(x[:, 0])), cache
+    return wide(model.norm(x) @ embedding.astype(x.dtype).T), cache
+
+
+def as_bits(params: Tree) -> Tree:
+    """Parameters with the bfloat16 weights of layers as integers of the same bits, for `read`. XLA's CPU backend has no
+    slice of 16-bit floats: it would widen the whole array ahead of the loop over tokens, and read twice the bytes."""
+    if jax.default_backend() != "cpu":
+        return params
+    return {
+        name: tree if name in ("embed_tokens", "norm") else jax.tree.map(_bits, tree) for name, tree in params.items()
+    }
+
+
+@jax.jit
+def _bits(weight: Array) -> Array:
+    return jax.lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
+
+
+def read(weight: Array, *index: Int[Array, ""]) -> Array:
+    """weight[index] of parameters that have passed `as_bits`."""
+    part = weight[index]
+    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == jnp.uint16 else part
 
 
 def stacks(model: Model) -> list[Block]:
@@ -115,18 +137,18 @@ def stacks(model: Model) -> list[Block]:
 
 def attend_latents(
     attention: Attention,
-    x: Float[Array, "batch 1 hidden"],
+    x: Float[Array, "batch hidden"],
     rope: Rope,
     cache: Cache,
     layer: Int[Array, ""],
     slot: Int[Array, ""],
     visible: Bool[Array, "batch slots"],
-) -> tuple[Float[Array, "batch 1 hidden"], Cache]:
+) -> tuple[Float[Array, "batch hidden"], Cache]:
     """Attention of one new token per row to the visible slots. Its own entry is written into `slot` of `layer`.
     Softmax in float32 or wider."""
     c = attention.config
     batch = x.shape[0]
-    cache = cache.at[layer, :, slot].set(jnp.concatenate(attention.latents(x, rope), axis=-1)[:, 0])
+    cache = cache.at[layer, :, slot].set(jnp.concatenate(attention.latents(x, rope), axis=-1))
     entries = cache[layer]
     q_nope, q_rope = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
     key, value = key_and_value_parts(attention.kv_b_proj.weight[...].astype(x.dtype), c)
@@ -135,7 +157,7 @@ def attend_latents(
     probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
     latent = jnp.einsum("bkgs,bsl->bkgl", probabilities, entries[..., : c.kv_lora_rank])
     out = jnp.einsum("bkgl,kvl->bkgv", latent, value)
-    return attention.o_proj(out.reshape(batch, 1, -1)), cache
+    return attention.o_proj(out.reshape(batch, -1)), cache
 
 
 def key_and_value_parts(
@@ -147,14 +169,14 @@ def key_and_value_parts(
 
 
 def feed_forward(
-    block: Block, stacked: Block, layer: Int[Array, ""], x: Float[Array, "batch 1 hidden"]
-) -> Float[Array, "batch 1 hidden"]:
+    block: Block, stacked: Block, layer: Int[Array, ""], x: Float[Array, "batch hidden"]
+) -> Float[Array, "batch hidden"]:
     """The MLP of a block for one new token per row: what `MoE` computes, without its reports. `stacked` holds the
     experts of all layers."""
     if block.dense:
         return block.mlp(x)
-    moe, rows = block.mlp, x[:, 0]
-    out = chosen_experts(stacked.mlp.experts, layer, rows, moe.router(rows))[:, None]
+    moe = block.mlp
+    out = chosen_experts(stacked.mlp.experts, layer, x, moe.router(x))
     return out + moe.shared_expert(x) if moe.config.n_shared_experts else out
 
 
@@ -170,7 +192,7 @@ def chosen_experts(
     def one_expert(number, out):
         expert = in_use[number]
         weights = jnp.where(routing.chosen == expert, routing.weights, 0).sum(1, keepdims=True).astype(x.dtype)
-        g, u, d = (weight[layer, expert].astype(x.dtype) for weight in (gate, up, down))
+        g, u, d = (read(weight, layer, expert).astype(x.dtype) for weight in (gate, up, down))
         return out + (jax.nn.silu(x @ g.T) * (x @ u.T) * weights) @ d.T
 
     return jax.lax.fori_loop(0, (counts > 0).sum(), one_expert, jnp.zeros_like(x))
@@ -220,6 +242,19 @@ def choose_token(
     return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
+def cast_weights(params: Tree, compute: ComputeConfig) -> Tree:
+    """Hold weights in the compute dtype, in which they enter products anyway: fewer bytes to read for each token, the
+    same results. Routers stay, since they choose experts in float32. Empties `params` on the way."""
+    cast = {}
+    for name in list(params):
+        leaf = params.pop(name)
+        if isinstance(leaf, dict):
+            cast[name] = leaf if name == "router" else cast_weights(leaf, compute)
+        else:
+            cast[name] = leaf.astype(compute.dtype)
+    return cast
+
+
 def generate(
     model: Model,
     prompts: list[list[int]],
@@ -242,15 +277,16 @@ def generate(
     """
     check_request(prompts, sampling, model.config)
     batch, limit = len(prompts), sampling.max_new_tokens
-    prompt, room = bucket(max(map(len, prompts)), model.config), bucket(limit, model.config)
+    context = model.config.max_position
+    prompt, room = bucket(max(map(len, prompts)), context), bucket(limit, context)
     tokens = jnp.asarray(pad_prompts(prompts, prompt))
     lengths = jnp.asarray([len(ids) for ids in prompts], jnp.int32)
     uniforms = np.zeros((batch, room), np.float32)
     uniforms[:, :limit] = draw_uniforms(seed, batch, limit)
-    parts = split(model)
+    graphdef, params, biases = split(model)
 
-    progress = _start(*parts, tokens, lengths, room, compute)
-    run = partial(_run, *parts, lengths=lengths, uniforms=jnp.asarray(uniforms))
+    progress = _start(graphdef, params, biases, tokens, lengths, room, compute)
+    run = partial(_run, graphdef, as_bits(params), biases, lengths=lengths, uniforms=jnp.asarray(uniforms))
     settings = {"prompt": prompt, "sampling": replace(sampling, max_new_tokens=room), "compute": compute}
     if on_token is None:
         progress = run(progress, limit=limit, **settings)
@@ -263,14 +299,6 @@ def generate(
                 break
     rows, counts = jax.device_get((progress.tokens, progress.counts))
     return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
-
-
-def bucket(length: int, config: ModelConfig) -> int:
-    """The length that arrays are made for: 16, 24, 32, 48, 64 and so on, at most the context."""
-    size = 16
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, config.max_position)
 
 
 class Progress(NamedTuple):

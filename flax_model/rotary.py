@@ -19,8 +19,8 @@ from torch_ref.parameters import rope_table
 class Rope(NamedTuple):
     """Cosines and sines of the angles at the positions of a forward pass."""
 
-    cos: Float[Array, "*batch seq pairs"]
-    sin: Float[Array, "*batch seq pairs"]
+    cos: Float[Array, "*batch pairs"]
+    sin: Float[Array, "*batch pairs"]
 
 
 def make_rope(config: ModelConfig, length: int, dtype: DTypeLike) -> Rope:
@@ -30,7 +30,7 @@ def make_rope(config: ModelConfig, length: int, dtype: DTypeLike) -> Rope:
     return Rope(jnp.asarray(cos, dtype), jnp.asarray(sin, dtype))
 
 
-def apply_rope(x: Float[Array, "batch seq heads rope"], rope: Rope) -> Float[Array, "batch seq heads rope"]:
+def apply_rope(x: Float[Array, "*batch heads rope"], rope: Rope) -> Float[Array, "*batch heads rope"]:
     """Turn each pair (x[2i], x[2i+1]) by its position's angle i; float32 or wider inside."""
     even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
     cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]

@@ -91,8 +91,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size)
 
     def queries(
-        self, x: Float[Tensor, "batch seq hidden"], rope: Rope
-    ) -> tuple[Float[Tensor, "batch seq heads nope"], Float[Tensor, "batch seq heads rope"]]:
+        self, x: Float[Tensor, "*batch hidden"], rope: Rope
+    ) -> tuple[Float[Tensor, "*batch heads nope"], Float[Tensor, "*batch heads rope"]]:
         """Queries of all heads: the part without position, and the rotated part."""
         c = self.config
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
@@ -101,12 +101,12 @@ class Attention(nn.Module):
         return q_nope, apply_rope(q_rope, rope)
 
     def latents(
-        self, x: Float[Tensor, "batch seq hidden"], rope: Rope
-    ) -> tuple[Float[Tensor, "batch seq latent"], Float[Tensor, "batch seq rope"]]:
+        self, x: Float[Tensor, "*batch hidden"], rope: Rope
+    ) -> tuple[Float[Tensor, "*batch latent"], Float[Tensor, "*batch rope"]]:
         """What a token leaves for later ones: its normed latent, and the rotated key that all heads share."""
         c = self.config
         latent, k_rope = self.kv_a_proj(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        return self.kv_a_norm(latent), apply_rope(k_rope.unsqueeze(2), rope).squeeze(2)
+        return self.kv_a_norm(latent), apply_rope(k_rope.unsqueeze(-2), rope).squeeze(-2)
 
     def expand(
         self, latent: Float[Tensor, "batch seq latent"], k_rope: Float[Tensor, "batch seq rope"]

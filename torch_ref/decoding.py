@@ -1,4 +1,4 @@
-"""What generation in both frameworks shares: the check of a request, and the random numbers. NumPy only."""
+"""What generation in both frameworks shares: the check of a request, shapes, and the random numbers. NumPy only."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def pad_prompts(prompts: list[list[int]], length: int) -> Int32[np.ndarray, "bat
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens
+
+
+def bucket(length: int, context: int) -> int:
+    """The length that arrays are made for, so that few shapes are compiled: 16, 24, 32, 48, 64 and so on, at most the
+    context."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, context)
 
 
 def draw_uniforms(seed: int, batch: int, count: int) -> Float32[np.ndarray, "batch count"]:

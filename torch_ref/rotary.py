@@ -19,8 +19,8 @@ from torch_ref.parameters import rope_table
 class Rope(NamedTuple):
     """Cosines and sines of the angles at the positions of a forward pass."""
 
-    cos: Float[Tensor, "*batch seq pairs"]
-    sin: Float[Tensor, "*batch seq pairs"]
+    cos: Float[Tensor, "*batch pairs"]
+    sin: Float[Tensor, "*batch pairs"]
 
 
 def make_rope(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> Rope:
@@ -30,7 +30,7 @@ def make_rope(config: ModelConfig, length: int, dtype: torch.dtype, device: torc
     return Rope(torch.from_numpy(cos).to(dtype).to(device), torch.from_numpy(sin).to(dtype).to(device))
 
 
-def apply_rope(x: Float[Tensor, "batch seq heads rope"], rope: Rope) -> Float[Tensor, "batch seq heads rope"]:
+def apply_rope(x: Float[Tensor, "*batch heads rope"], rope: Rope) -> Float[Tensor, "*batch heads rope"]:
     """Turn each pair (x[2i], x[2i+1]) by its position's angle i; float32 or wider inside."""
     even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
     cos, sin = rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)

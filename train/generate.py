@@ -1,0 +1,158 @@
+"""Let a trained model continue a text:
+
+    python -m train.generate runs/tiny-flax --prompt "The str class"
+    python -m train.generate exported --prompt "Gravity is" --greedy --max-new-tokens 50
+    echo "Gravity is" | python -m train.generate runs/tiny-torch > text
+    python -m train.generate runs/tiny-torch                             asks for one prompt after another
+
+MODEL is a run folder of either framework, a checkpoint, a `transformers` folder or a file of final weights. Standard
+output gets the continuation and nothing else, on a terminal as it comes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from torch_ref.interface import Sampling, UserError
+from train.inference import DTypeName, Framework, TrainedModel, open_trained
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Let a trained model continue a text."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, a checkpoint, a transformers folder or a file of final weights."""
+    prompt: str | None = None
+    """The text to continue; empty: the start of a document. None: standard input, on a terminal one prompt a line."""
+    max_new_tokens: int = Sampling.max_new_tokens
+    """The text ends there, or where the model ends it."""
+    greedy: bool = Sampling.greedy
+    """Always take the most likely token."""
+    temperature: float = Sampling.temperature
+    """Below 1 likely tokens get likelier, above 1 less so."""
+    top_k: int = Sampling.top_k
+    """Draw from the k most likely tokens; 0: from all."""
+    top_p: float = Sampling.top_p
+    """Draw from the most likely tokens that together have this probability."""
+    min_p: float = Sampling.min_p
+    """Leave out tokens with less than this share of the most likely one's probability."""
+    repetition_penalty: float = Sampling.repetition_penalty
+    """Above 1, tokens that have occurred get less likely."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    framework: Framework = "auto"
+    """auto: the one that wrote the model."""
+    step: int | None = None
+    """Which checkpoint of a run folder; None: the latest."""
+    tokenizer: str | None = None
+    """A folder or a name on the Hub; None: the one beside the model."""
+    dtype: DTypeName = "auto"
+    """auto: bfloat16 on GPUs that have it, else float32."""
+    device: str = "auto"
+    """cuda, mps or cpu."""
+
+    def sampling(self, stop_token: int) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            greedy=self.greedy,
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            stop_token=stop_token,
+        )
+
+
+class TextStream:
+    """Writes text as its tokens come. What does not yet make whole characters is held back."""
+
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
+        self._decode, self._write = decode, write
+        self._ids: list[int] = []
+        self._written = 0
+        """How many of `_ids` have been written. They stay until the next text is out: some decoders treat the first
+        token of a text differently."""
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+        before, text = self._decode(self._ids[: self._written]), self._decode(self._ids)
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            self._write(text[len(before) :])
+            self._ids = self._ids[self._written :]
+            self._written = len(self._ids)
+
+    def close(self) -> None:
+        """Write what is left, an incomplete character too."""
+        self._write(self._decode(self._ids)[len(self._decode(self._ids[: self._written])) :])
+
+
+def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, stream: bool) -> str:
+    """The model's continuation of a prompt; with `stream` it is also written to standard output as it comes."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    sampling = options.sampling(tokenizer.eot_id)
+    if not stream:
+        return tokenizer.decode(model.generate([ids], sampling, options.seed)[0])
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    text = TextStream(tokenizer.decode, write)
+
+    def on_token(tokens: list[int | None]) -> None:
+        if tokens[0] is not None:
+            text.add(tokens[0])
+
+    new = model.generate([ids], sampling, options.seed, on_token)[0]
+    text.close()
+    print()
+    return tokenizer.decode(new)
+
+
+def ask(terminal: bool) -> Iterator[str]:
+    """Prompts from standard input: all of it is one, on a terminal every line is."""
+    if not terminal:
+        yield sys.stdin.read().removesuffix("\n")
+        return
+    print("A prompt a line; an empty line ends.", file=sys.stderr)
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
+            return
+        yield line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(
+        GenerateOptions, prog="python -m train.generate", args=argv, config=(tyro.conf.FlagConversionOff,)
+    )
+    stream = sys.stdout.isatty()
+    try:
+        model = open_trained(
+            options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
+        )
+        print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
+        prompts = ask(sys.stdin.isatty()) if options.prompt is None else [options.prompt]
+        for prompt in prompts:
+            text = continue_text(model, prompt, options, stream)
+            if not stream:
+                print(text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
