@@ -148,10 +148,11 @@ def make_case(choice: dict) -> Case:
         attention=choice["torch_attention"], moe=choice["torch_moe"], remat=choice["torch_remat"], loss_chunk=500
     )
     torch_micro, flax_micro = choice["micro_batches"]
+    layers = "scan" if flax.scan_layers else "unrolled"
     name = (
-        f"flax {'scan' if flax.scan_layers else 'unrolled'}/{flax.attention}/{flax.moe}/remat {flax.remat}/x{flax_micro}"
-        f" vs torch {torch.attention}/{torch.moe}/remat {torch.remat}/x{torch_micro}"
-        f" q{config.q_lora_rank or 0} kv{config.num_kv_heads} dense{config.first_k_dense}"
+        f"flax {layers} {flax.attention} {flax.moe} remat-{flax.remat} x{flax_micro}, "
+        f"torch {torch.attention} {torch.moe} remat-{torch.remat} x{torch_micro}, "
+        f"q {config.q_lora_rank or 0} kv {config.num_kv_heads} dense {config.first_k_dense}"
     )
     return Case(name, config, torch, flax, torch_micro, flax_micro)
 
@@ -164,7 +165,7 @@ TRACE_CASE = Case(
     torch=ComputeConfig(attention="plain", moe="grouped", loss_chunk=50),
     flax=ComputeConfig(attention="plain", moe="dense", scan_layers=False, loss_chunk=60),
     torch_micro_batches=2,
-    rows=2,
+    rows=4,
     seq=72,
 )
 """Short and unrolled: what every module returns is compared in the running model. Faults are planted in it."""

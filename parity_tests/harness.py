@@ -237,7 +237,10 @@ def run_torch(
         layers = [_to_numpy(hidden) for hidden in recorder.output.layers]
         recorded = {name: _to_numpy(value) for name, value in recorder.values.items()}
         merged.add(_to_numpy(total), map(_to_numpy, parts), layers, _to_numpy(logits), recorded)
-    gradients = {name: _to_numpy(parameter.grad) for name, parameter in model.named_parameters()}
+    gradients = {
+        name: _to_numpy(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for name, parameter in model.named_parameters()
+    }
     return merged.outcome(gradients, [_to_numpy(chosen) for chosen in recorder.choices])
 
 

@@ -167,7 +167,7 @@ def run_case(
 
 
 def compare(case: Case, torch: Outcome, flax: Outcome) -> list[Measurement]:
-    """The rungs of two outcomes, in the order of the computation."""
+    """The rungs of two outcomes, in the order of the computation: gradients backwards, from the last layer on."""
     forward, gradient = FORWARD[case.dtype], GRADIENT[case.dtype]
     measurements = []
 
@@ -192,7 +192,7 @@ def compare(case: Case, torch: Outcome, flax: Outcome) -> list[Measurement]:
     measure("loss", "balance loss", torch.balance_loss, flax.balance_loss, forward)
     measure("loss", "objective", torch.objective, flax.objective, forward)
     measure("loss", "expert counts", torch.expert_counts, flax.expert_counts, 0.0)
-    for row in parameter_table(case.config):
+    for row in reversed(parameter_table(case.config)):
         if row.trainable:
             measure("gradient", row.name, torch.gradients[row.name], flax.gradients[row.name], gradient)
     return measurements

@@ -73,9 +73,9 @@ def injected_steps(framework: str, dtype: str, device: str = "cpu") -> Steps:
     config, optimizer = CONFIG, STEP_OPTIMIZER
     rows = parameter_table(config)
     generator = np.random.default_rng(5)
-    # Integers times a power of two, which differs between tensors as sizes of real gradients do: sums over micro-batches
-    # are then exact. Adam turns the relative error of each gradient into an absolute one of its update, and where
-    # micro-batches nearly cancel, rounding of the sum is all that would be compared.
+    # Integers times a power of two that differs between tensors, as sizes of real gradients do: sums over micro-batches
+    # are then exact. Adam makes an absolute error of its update from a gradient's relative one, and where micro-batches
+    # nearly cancel, rounding of the sum is all that would be compared.
     slopes = {
         row.name: np.ldexp(
             generator.integers(-999, 1000, (MICRO_BATCHES, *row.shape)), generator.integers(-22, -12)
@@ -109,7 +109,7 @@ def injected_steps(framework: str, dtype: str, device: str = "cpu") -> Steps:
             )
             changed = {
                 f"update / LR of {name}": (before[f"weight of {name}"] - after[f"weight of {name}"])
-                / result.learning_rate
+                / (result.learning_rate or np.nan)
                 for name in slopes
             }
             state = {name: value for name, value in after.items() if not name.startswith("weight of ")}
