@@ -17,6 +17,7 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter
 
 from torch_ref.interface import UserError
 from train.runlog import read_metrics
@@ -65,16 +66,15 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
     """Draw the runs into one PNG and return its path. Raises `UserError` for a folder that is not a run's."""
     runs = [Curves.read(run_dir) for run_dir in run_dirs]
     heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
+    heights = [7.2, *(2.2 + 0.12 * len(run.steps[0]["expert_counts"]) for run in heat_maps)]
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, 7.2 + 2.9 * len(heat_maps)), layout="constrained")
-        curves, *maps = np.atleast_1d(
-            figure.subfigures(1 + len(heat_maps), 1, height_ratios=[7.2] + [2.9] * len(heat_maps), hspace=0.02)
-        )
+        figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+        curves, *maps = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02))
         _draw_curves(curves, runs)
         for place, run in zip(maps, heat_maps, strict=True):
             _draw_expert_load(place, run)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
+        figure.savefig(output, dpi=130, bbox_inches="tight", pad_inches=0.2)
     return output
 
 
@@ -82,23 +82,27 @@ def _draw_curves(figure: SubFigure, runs: list[Curves]) -> None:
     grid = figure.add_gridspec(2, 3, height_ratios=[2, 1])
     loss = figure.add_subplot(grid[0, :])
     rate, speed, norm = (figure.add_subplot(grid[1, column]) for column in range(3))
-    for run, color in zip(runs, np.resize(COLORS, len(runs)), strict=True):
+    for number, run in enumerate(runs):
+        # Runs may coincide: the later ones are dashed, so that each shows.
+        look = {"color": COLORS[number % len(COLORS)], "linestyle": "--" if number else "-"}
         step = run.column("step")
-        _draw_loss(loss, run, color)
-        rate.plot(step, run.column("learning_rate"), color=color, linewidth=1.6)
-        _draw_noisy(speed, step, run.column("tokens_per_second"), color)
-        _draw_noisy(norm, step, run.column("grad_norm"), color)
+        _draw_loss(loss, run, look)
+        rate.plot(step, run.column("learning_rate"), **look, linewidth=1.8)
+        _draw_noisy(speed, step, run.column("tokens_per_second"), look)
+        _draw_noisy(norm, step, run.column("grad_norm"), look)
     _shade_extended_phase([loss, rate, speed, norm], runs)
     loss.set(title="Loss, nats per token", xlabel="step", ylim=_loss_limits(runs))
     loss.legend(ncols=max(1, len(runs) // 3 + 1), loc="upper right")
     rate.set(title="Learning rate", xlabel="step", ylim=(0, None))
     speed.set(title="Tokens per second", xlabel="step", ylim=(0, None))
     norm.set(title="Gradient norm, before clipping", xlabel="step", yscale="log")
+    for axis_format in (norm.yaxis.set_major_formatter, norm.yaxis.set_minor_formatter):
+        axis_format(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
 
 
-def _draw_loss(axes: Axes, run: Curves, color: str) -> None:
-    step, loss = run.column("step"), run.column("loss")
-    _draw_noisy(axes, step, loss, color, label=f"{run.name}: training")
+def _draw_loss(axes: Axes, run: Curves, look: dict[str, str]) -> None:
+    step, loss, color = run.column("step"), run.column("loss"), look["color"]
+    _draw_noisy(axes, step, loss, look, label=f"{run.name}: training")
     if run.validations:
         at = [record["step"] for record in run.validations]
         values = np.array([record["loss"] for record in run.validations], dtype=float)
@@ -127,10 +131,12 @@ def _draw_loss(axes: Axes, run: Curves, color: str) -> None:
         )
 
 
-def _draw_noisy(axes: Axes, step: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+def _draw_noisy(
+    axes: Axes, step: np.ndarray, values: np.ndarray, look: dict[str, str], label: str | None = None
+) -> None:
     """The values themselves, faint, under their running mean."""
-    axes.plot(step, values, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(step, running_mean(values), color=color, linewidth=1.8, label=label)
+    axes.plot(step, values, color=look["color"], linewidth=0.8, alpha=0.3)
+    axes.plot(step, running_mean(values), **look, linewidth=1.8, label=label)
 
 
 def running_mean(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
