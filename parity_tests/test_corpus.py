@@ -139,7 +139,8 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 def test_files_of_a_folder_and_a_glob(tmp_path):
     write_json_lines(tmp_path / "x", TEXTS, shards=2)
     write_text_files(tmp_path / "y", ["one"])
-    for ignored in ("y/notes.pdf", "x/.hidden.jsonl"):
+    for ignored in ("y/notes.pdf", "x/.hidden.jsonl", ".cache/other.jsonl"):
+        (tmp_path / ignored).parent.mkdir(exist_ok=True)
         (tmp_path / ignored).write_text("{}")
     names = list(FileSource(str(tmp_path)).identity["files"])
     assert names == ["x/part-0.jsonl", "x/part-1.jsonl", "y/0000.txt"]

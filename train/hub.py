@@ -24,30 +24,29 @@ def open_hub(name: str, config: str | None, revision: str | None, text_field: st
     Raises `UserError` within seconds if there is no network or no such dataset."""
     import datasets
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    config = config or DEFAULT_CONFIGS.get(name)
     datasets.disable_progress_bars()
     # `datasets` would try 20 times, for minutes, before our own attempts from the position see an error.
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 2
     datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 20
     try:
-        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
-        dataset = datasets.load_dataset(name, config, split="train", streaming=True, revision=revision)
-    except GatedRepoError as error:
-        raise UserError(f"--dataset {name}: access must be asked for on the Hub, then `hf auth login`") from error
+        found = huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
     except RevisionNotFoundError as error:
-        raise UserError(f"--dataset {name}: the Hub has no revision {revision} of it") from error
+        raise UserError(f"--dataset-revision {revision}: the Hub has no such revision of {name}") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"--dataset {name}: there is no such file or folder, and no such dataset on the Hub") from error
-    except ValueError as error:  # an unknown config or split; the message lists those there are
-        raise UserError(f"--dataset {name} --dataset-config {config}: {first_line(error)}") from error
     except Exception as error:
         raise UserError(
             f"--dataset {name}: the Hugging Face Hub can't be reached ({first_line(error)}); without a network give "
             "local files, or train on the Python documentation with --preset tiny"
         ) from error
-    return HubSource(dataset, name, config, revision, text_field)
+    config = config or DEFAULT_CONFIGS.get(name)
+    try:
+        dataset = datasets.load_dataset(name, config, split="train", streaming=True, revision=found)
+    except Exception as error:  # no such config or no split `train`: the message says which there are
+        raise UserError(f"--dataset {name} --dataset-config {config}: {first_line(error)}") from error
+    return HubSource(dataset, name, config, found, text_field)
 
 
 class HubSource:
@@ -58,7 +57,7 @@ class HubSource:
         if features is not None:
             if text_field not in features:
                 raise UserError(f"--text-field {text_field}: {name} has no such column, only {', '.join(features)}")
-            if getattr(features[text_field], "dtype", None) not in ("string", "large_string"):
+            if getattr(features[text_field], "dtype", None) not in ("string", "large_string", "string_view"):
                 raise UserError(f"--text-field {text_field}: that column of {name} is not text")
             dataset = dataset.select_columns([text_field])
         self.dataset, self.name, self.text_field = dataset, name, text_field

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -145,14 +146,10 @@ def tokenized_documents(
                     f"--dataset {options.dataset}: no document to train on ({len(reader.bad_rows)} rows without text "
                     f"in --text-field {options.text_field}; the rest held out, see --validation-fraction)"
                 )
-            documents = shuffled(documents, options.seed, epoch, window)
-            for first in range(start, len(documents), ENCODE_TOGETHER):
-                together = documents[first : first + ENCODE_TOGETHER]
-                encoded = tokenizer.encode_batch([document.text for document in together])
-                for number, (document, ids) in enumerate(zip(together, encoded, strict=True), first):
-                    ids.append(tokenizer.eot_id)
-                    position = {"epoch": epoch, "window": window, "stream": stream, "document": number}
-                    yield position, np.array(ids, np.int32), document.place
+            documents = shuffled(documents, options.seed, epoch, window)[start:]
+            for number, (document, ids) in enumerate(zip(documents, encode(documents, tokenizer), strict=True), start):
+                position = {"epoch": epoch, "window": window, "stream": stream, "document": number}
+                yield position, ids, document.place
             start, stream = 0, next_stream
             epoch, window = (epoch, window + 1) if stream is not None else (epoch + 1, 0)
     finally:
@@ -163,6 +160,19 @@ def shuffled(documents: list[Document], seed: int, epoch: int, window: int) -> l
     # RandomState, because NumPy promises that its streams never change; those of a Generator may, with any version.
     generator = np.random.RandomState(np.random.PCG64((seed, epoch, window)))
     return [documents[i] for i in generator.permutation(len(documents))]
+
+
+def encode(documents: list[Document], tokenizer: TextTokenizer) -> Iterator[Int32[np.ndarray, " tokens"]]:
+    """The ids of each document, and the end-of-text token. The tokenizer works on the next ones meanwhile."""
+    parts = [documents[first : first + ENCODE_TOGETHER] for first in range(0, len(documents), ENCODE_TOGETHER)]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(tokenizer.encode_batch, [])
+        for part in [*parts, []]:
+            texts = [document.text for document in part]
+            encoded, ahead = ahead.result(), pool.submit(tokenizer.encode_batch, texts)
+            for ids in encoded:
+                ids.append(tokenizer.eot_id)
+                yield np.array(ids, np.int32)
 
 
 class Prefetcher:
@@ -299,7 +309,7 @@ class Data:
 
     def _validation(self, bound: int) -> tuple[Rows, int]:
         """Whole held-out documents, the first ones that fit into `validation_rows`, packed end to end; and their size
-        in bytes. A first document that is longer by itself is cut."""
+        in bytes. A first document that is longer by itself is cut. End-of-text tokens are scored, and are no bytes."""
         room = self.options.validation_rows * self.options.seq_len
         tokens, size, state = [self.tokenizer.eot_id], 0, None
         reader = self._reader(lambda document: document.digest < bound)

@@ -222,15 +222,13 @@ def find_files(pattern: str) -> tuple[Path, list[Path]]:
     their names are relative to. Raises `UserError` if there are none that can be read."""
     path = Path(pattern)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix in READERS]
-    elif path.is_file():
-        found = [path]
+        inside = (file.relative_to(path) for file in path.rglob("*"))
+        found = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
     else:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True)]
-    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
-    unreadable = [file for file in files if file.suffix not in READERS]
-    if unreadable or not files:
-        what = f"{unreadable[0].name} is not" if unreadable else "there is no file there that is"
+        found = [path] if path.is_file() else [Path(name) for name in glob.glob(pattern, recursive=True)]
+    files = sorted(file for file in found if file.is_file() and file.suffix in READERS)
+    if not files:
+        what = "is not" if path.is_file() else "there is no file there that is"
         raise UserError(f"--dataset {pattern}: {what} of a kind that can be read: {' '.join(READERS)}")
     root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
     return root, files
