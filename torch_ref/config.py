@@ -23,9 +23,13 @@ class ModelConfig:
     """
 
     vocab_size: int = 49152
+    """Rows of the embedding; a tokenizer may use fewer."""
     hidden_size: int = 576
+    """Width of the residual stream."""
     num_layers: int = 30
+    """Transformer blocks."""
     num_heads: int = 9
+    """Query heads."""
     num_kv_heads: int = 3
     """K/V heads the latent is expanded to; query head h reads K/V head h // (num_heads / num_kv_heads)."""
     kv_lora_rank: int = 72
@@ -33,21 +37,31 @@ class ModelConfig:
     q_lora_rank: int | None = None
     """None: one query projection. A number: queries pass through a normed latent of that size."""
     qk_nope_head_dim: int = 64
+    """Size of a query's and a key's part without position."""
     qk_rope_head_dim: int = 40
     """Size of the one rotary key that all heads share."""
     v_head_dim: int = 64
+    """Size of a value head."""
     intermediate_size: int = 1536
     """Width of the dense SwiGLU in the first `first_k_dense` layers."""
     moe_intermediate_size: int = 1536
+    """Width of each expert's SwiGLU."""
     n_routed_experts: int = 8
+    """Experts that tokens are routed to."""
     n_shared_experts: int = 1
+    """Experts' worth of width that every token passes through."""
     num_experts_per_tok: int = 2
+    """Routed experts a token passes through."""
     first_k_dense: int = 0
+    """Leading layers with a dense SwiGLU instead of experts."""
     routed_scaling_factor: float = 1.0
+    """Multiplies the routed experts' weights, which sum to 1."""
     rms_norm_eps: float = 1e-5
     """Of the block norms and the final norm. The latent norms use `LATENT_NORM_EPS`."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     max_position: int = 2048
+    """Longest input, in tokens."""
     balance_loss_coef: float = 1e-4
     """Weight of the sequence balance loss; 0 turns it off."""
     balance_bias_rate: float = 1e-3
@@ -60,9 +74,13 @@ class ModelConfig:
             "num_experts_per_tok max_position"
         )
         for name in positive.split():
-            self._require(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, name, "must be an int >= 1")
+            self._require(
+                isinstance(getattr(self, name), int) and getattr(self, name) >= 1, name, "must be an int >= 1"
+            )
         for name in ("n_shared_experts", "first_k_dense"):
-            self._require(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, "must be an int >= 0")
+            self._require(
+                isinstance(getattr(self, name), int) and getattr(self, name) >= 0, name, "must be an int >= 0"
+            )
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
             self._require(getattr(self, name) > 0, name, "must be > 0")
         for name in ("balance_loss_coef", "balance_bias_rate"):
@@ -174,7 +192,7 @@ class ComputeConfig:
     attention: str = "auto"
     """`plain` is the oracle. Flax: `blocked` (CPU default), `cudnn`. Torch: `sdpa` (default), `padded` (MPS)."""
     moe: str = "auto"
-    """`dense` runs all experts on all tokens: the oracle. Flax and torch: `grouped` (default), torch: `blocks` (MPS)."""
+    """`dense` runs all experts on all tokens: the oracle. `grouped` is the CPU's default, `blocks` the GPU's and MPS's."""
     remat: Literal["off", "experts", "layers"] = "off"
     """What the backward pass computes again: nothing, the experts' activations, or whole layers."""
     scan_layers: bool = True

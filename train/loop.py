@@ -276,6 +276,7 @@ class Run:
             "expert_load": (counts.max(axis=1) / counts.mean(axis=1).clip(1e-9)).tolist() if counts.size else [],
             "expert_counts": counts.tolist(),
             "data_position": progress.cursor,
+            "bad_rows": self.data.bad_rows,
         }
         line = step_line(self.step, result.loss, result.learning_rate, seconds, speed, self.options.micro_batches)
         self.log.step(values, line)
@@ -357,8 +358,9 @@ class Run:
     def sample(self) -> None:
         """Let the model continue the prompt, with random numbers that belong to this sample alone."""
         tokenizer = self.data.tokenizer
-        prompt = tokenizer.encode(self.options.prompt)
-        room = self.options.model.max_position - len(prompt)
+        positions = self.options.model.max_position
+        prompt = tokenizer.encode(self.options.prompt)[: positions - 1]
+        room = positions - len(prompt)
         sampling = self.options.sampling(tokenizer.eot_id)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         tokens = self.backend.generate(prompt, sampling, seed=self.options.seed + self.step)

@@ -201,6 +201,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             "batch_size",
             f"must be a multiple of --micro-batch-size {self.micro_batch_size}",
         )
+        self._require(bool(self.prompt), "prompt", "must not be empty")
         self._require(
             self.seq_len <= self.model.max_position,
             "seq_len",
