@@ -36,6 +36,7 @@ class Checkpoints:
     """Writes, finds and reads checkpoints. At most one save is under way at a time."""
 
     def __init__(self) -> None:
+        self._latest: Path | None = None
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # zarr3 without compression: weights do not compress, and zstd is seven times slower than the disk.
@@ -51,29 +52,34 @@ class Checkpoints:
         to a computation as soon as this returns. Raises `UserError` naming a folder that cannot be written to; errors
         of the writing itself are raised by the next call or `wait`."""
         self.wait()
-        path = Path(path).absolute()
+        path = self._latest = Path(path).absolute()
         make_folder(path.parent)
         for leftover in path.parent.glob("*"):
             if TEMPORARY.fullmatch(leftover.name):
                 shutil.rmtree(leftover)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-        self._checkpointer.save(path, args=items, force=True)
-        self._latest = path
+        with self._write_errors():
+            self._checkpointer.save(path, args=items, force=True)
         available = host_memory_available()
         if available is not None and available < BACKGROUND_MEMORY * tree_bytes(state):
             self.wait()
 
     def wait(self) -> None:
         """Block until the save under way has landed. Raises `UserError` naming it if it could not be written."""
-        try:
+        with self._write_errors():
             self._checkpointer.wait_until_finished()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._latest}: could not be written: {error}") from error
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
         """Whole checkpoints in a folder with their steps, oldest first."""
         folders = [path for path in Path(folder).glob("*") if (path / "state").is_dir() and (path / "meta").is_dir()]
-        return in_step_order((path.name, path) for path in folders if not TEMPORARY.fullmatch(path.name))
+        return in_step_order((path.name, path) for path in folders)
 
     def read_meta(self, path: Path) -> dict:
         """A checkpoint's JSON item. Raises `UserError` naming a folder that is not a whole checkpoint."""
@@ -92,9 +98,8 @@ class Checkpoints:
         require_tensors(_shapes(stored), _shapes(abstract), path)
 
     def restore(self, path: Path, abstract: Any) -> Any:
-        """The arrays of a checkpoint, placed as `abstract` says. Raises `UserError` as `check` does, also when what was
-        read does not have the shapes and dtypes that the checkpoint promised."""
-        self.check(path, abstract)
+        """The arrays of a checkpoint, placed as `abstract` says; call `check` first. Raises `UserError` where what was
+        read is not what the checkpoint promised."""
         with _named_errors(path):
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args))

@@ -89,9 +89,8 @@ def require_config(stored: dict, config: ModelConfig, where: Path | str) -> None
     own = config.to_dict()
     for name in [*own, *(name for name in stored if name not in own)]:
         if name not in stored or name not in own:
-            raise UserError(
-                f"{where}: {'un' if name in stored else 'no '}known model field {name}: made by another version"
-            )
+            verdict = "unknown" if name in stored else "missing"
+            raise UserError(f"{where}: model field {name} is {verdict}; it was made by another version")
         if stored[name] != own[name]:
             raise UserError(
                 f"{where}: made with {name} = {stored[name]}, this run has {own[name]}; "
