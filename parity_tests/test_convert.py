@@ -303,6 +303,7 @@ REFUSALS = {
     "empty": "nothing to read there; give a run folder",
     "text": "cannot be read; give",
     "target in use": "exists already; name a new folder",
+    "target below a file": "state.json",
     "half precision": "--dtype bfloat16",
     "pickle": "damaged, or not a file of torch tensors",
 }
@@ -324,6 +325,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, fault):
     elif fault == "target in use":
         target.mkdir()
         (target / "mine").write_text("x")
+    elif fault == "target below a file":
+        target = source / "state.json" / "out"
     elif fault == "half precision":
         form, extra = "neutral", ["--dtype", "bfloat16"]
     elif fault == "pickle":

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from torch_ref.config import ComputeConfig
+from torch_ref.config import ComputeConfig, SpecificationError
 from torch_ref.huggingface import SIDECAR, export_folder
 from torch_ref.interface import Backend, OptimizerConfig, TrainingState, UserError
 from torch_ref.parameters import parameter_table
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         found = convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.step)
-    except UserError as error:
+    except (UserError, SpecificationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{found.path} ({found.kind}) -> {arguments.target} ({arguments.to})")
