@@ -12,6 +12,7 @@ active experts; `blocks` does so without branches, for GPUs. Twin of `torch_ref/
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -109,40 +110,66 @@ def experts_grouped(
     return _grouped_experts(remat, x, routing.chosen, routing.weights, gate, up, down)
 
 
-class Groups(NamedTuple):
-    """How choices are sorted by expert. Sorted arrays have a tail of `_tail(...)` rows that belong to nobody, so that
-    a slice of an expert's rows, rounded up to one of the sizes of `bucket_sizes`, never runs over the end."""
+class Chunks(NamedTuple):
+    """Choices sorted by expert and cut into chunks of one expert each. Sorted arrays have a tail of one whole chunk
+    that belongs to nobody, so that a slice never runs over the end."""
 
     order: Int[Array, " rows"]
     """Sorted row -> position in the flattened choices (the tail repeats the first)."""
     inverse: Int[Array, " choices"]
     """Position in the flattened choices -> sorted row."""
     counts: Int[Array, " experts"]
-    starts: Int[Array, " experts"]
-    buckets: Int[Array, " experts"]
-    """Index into `bucket_sizes` of the smallest size that holds an expert's rows."""
+    first_row: Int[Array, " experts"]
+    """Sorted row where an expert starts."""
+    ends: Int[Array, " experts"]
+    """Number of the chunk after an expert's last."""
 
 
-def bucket_sizes(tokens: int, experts: int, topk: int) -> list[int]:
-    """Row counts that a product is compiled for: 0, steps of an eighth of the mean load up to twice the mean, then
-    growing by a quarter, up to all tokens (a token takes an expert at most once)."""
-    step = max(8, -(-tokens * topk // experts // 64) * 8)
-    sizes = [min(step * i, tokens) for i in range(17)]
-    while sizes[-1] < tokens:
-        sizes.append(min(-(-sizes[-1] * 5 // 4 // 8) * 8, tokens))
-    return sorted(set(sizes))
+class Chunk(NamedTuple):
+    """One chunk while it is computed."""
+
+    expert: Int[Array, ""]
+    start: Int[Array, ""]
+    """Its first sorted row."""
+    rows: Int[Array, ""]
+    first: Array
+    """Whether it is its expert's first."""
 
 
-def _group(chosen: Int[Array, "tokens topk"], experts: int) -> tuple[Groups, list[int]]:
-    tokens, topk = chosen.shape
-    sizes = bucket_sizes(tokens, experts, topk)
-    tail = max(large - small for small, large in zip(sizes, sizes[1:], strict=False))
+def chunk_sizes(tokens: int, experts: int, topk: int) -> list[int]:
+    """Row counts that a chunk is compiled for, in sixteenths of the mean load: close together around it, where a
+    balanced router's loads lie, and far apart elsewhere. An expert with more rows than the last has several chunks."""
+    sixteenth = tokens * topk / experts / 16
+    sizes = (math.ceil(sixteenth * n / 8) * 8 for n in (2, 4, 6, 8, 10, 12, 13, 14, 15, 16, 17, 18, 20, 24))
+    return sorted({min(size, tokens) for size in sizes})  # a token takes an expert at most once
+
+
+def _cut(chosen: Int[Array, "tokens topk"], experts: int, size: int) -> Chunks:
     order = jnp.argsort(chosen.reshape(-1), stable=True)
-    inverse = jnp.argsort(order)
     counts = count_experts(chosen, experts)
-    starts = jnp.cumsum(counts) - counts
-    buckets = jnp.searchsorted(jnp.array(sizes), counts)
-    return Groups(jnp.pad(order, (0, tail)), inverse, counts, starts, buckets), sizes
+    ends = jnp.cumsum(-(-counts // size))
+    return Chunks(jnp.pad(order, (0, size)), jnp.argsort(order), counts, jnp.cumsum(counts) - counts, ends)
+
+
+def _each_chunk(compute, put, carry: tuple, chunks: Chunks, sizes: list[int]) -> tuple:
+    """carry = put(carry, chunk, compute(size, chunk)) for every chunk; `compute` is compiled for each size, and its
+    results are padded to the largest. They leave the branch before they enter the carry: XLA updates the buffers of
+    a loop in place, but copies them whole into and out of a branch."""
+    largest = sizes[-1]
+
+    def branch(size, chunk):
+        rowwise, whole = compute(size, chunk)
+        return tuple(jnp.pad(part, ((0, largest - size), (0, 0))) for part in rowwise), whole
+
+    def one(index, carry):
+        expert = jnp.searchsorted(chunks.ends, index, side="right")
+        count = chunks.counts[expert]
+        done = (index - chunks.ends[expert]) * largest + -(-count // largest) * largest
+        chunk = Chunk(expert, chunks.first_row[expert] + done, jnp.minimum(count - done, largest), done == 0)
+        size = jnp.searchsorted(jnp.array(sizes), chunk.rows)
+        return put(carry, chunk, jax.lax.switch(size, [partial(branch, size) for size in sizes], chunk))
+
+    return jax.lax.fori_loop(0, chunks.ends[-1], one, carry)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -151,96 +178,98 @@ def _grouped_experts(remat, x, chosen, weights, gate, up, down):
 
 
 def _grouped_forward(remat, x, chosen, weights, gate, up, down):
-    """The routing weight enters before the down projection, so the backward pass never needs the experts' outputs."""
-    topk = chosen.shape[1]
-    groups, sizes = _group(chosen, gate.shape[0])
-    rows = x[groups.order // topk]
-    row_weights = weights.reshape(-1)[groups.order].astype(x.dtype)[:, None]
-    gated, raised = grouped_product(rows, gate, groups, sizes), grouped_product(rows, up, groups, sizes)
-    out = grouped_product(jax.nn.silu(gated) * raised * row_weights, down, groups, sizes)
-    saved = x, weights, groups, gate, up, down, None if remat else (gated, raised)
-    return out[groups.inverse].reshape(-1, topk, x.shape[1]).sum(1), saved
+    """One chunk of one expert after the other, all three products of each while its activations are in the cache. The
+    routing weight enters before the down projection, so the backward pass never needs the experts' outputs."""
+    tokens, topk = chosen.shape
+    sizes = chunk_sizes(tokens, gate.shape[0], topk)
+    chunks = _cut(chosen, gate.shape[0], sizes[-1])
+    rows = x[chunks.order // topk]
+    row_weights = _row_weights(weights, chunks, x.dtype)
+
+    def compute(size, chunk):
+        r, w = _take((rows, row_weights), chunk.start, size)
+        gated, raised = _dot(r, gate[chunk.expert], 1), _dot(r, up[chunk.expert], 1)
+        out = _dot(jax.nn.silu(gated) * raised * w, down[chunk.expert], 1)
+        return (out,) if remat else (out, gated, raised), ()
+
+    def put(carry, chunk, results):
+        return _put(carry, results[0], chunk.start)
+
+    shapes = (x.shape[1],) if remat else (x.shape[1], gate.shape[1], gate.shape[1])
+    carry = tuple(jnp.zeros((rows.shape[0], columns), x.dtype) for columns in shapes)
+    out, *products = _each_chunk(compute, put, carry, chunks, sizes)
+    saved = x, weights, chunks, gate, up, down, tuple(products)
+    return out[chunks.inverse].reshape(-1, topk, x.shape[1]).sum(1), saved
 
 
 def _grouped_backward(remat, saved, upstream):
-    x, weights, groups, gate, up, down, products = saved
+    x, weights, chunks, gate, up, down, products = saved
     tokens, topk = weights.shape
-    sizes = bucket_sizes(tokens, gate.shape[0], topk)
-    rows = x[groups.order // topk]
-    if products is None:
-        products = grouped_product(rows, gate, groups, sizes), grouped_product(rows, up, groups, sizes)
-    gated, raised = products
-    row_weights = weights.reshape(-1)[groups.order].astype(x.dtype)[:, None]
-    upstream = upstream[groups.order // topk]
+    source = chunks.order // topk
+    rows, upstream = x[source], upstream[source]
+    row_weights = _row_weights(weights, chunks, x.dtype)
 
-    sigmoid = jax.nn.sigmoid(gated)
-    silu = gated * sigmoid
-    activation = silu * raised
-    d_weighted = grouped_product(upstream, down.swapaxes(1, 2), groups, sizes)
-    d_weights = (d_weighted * activation).sum(-1, dtype=weights.dtype)[groups.inverse].reshape(weights.shape)
-    d_down = grouped_outer(upstream, activation * row_weights, groups, sizes, down.dtype)
-    d_activation = d_weighted * row_weights
-    d_raised = d_activation * silu
-    # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
-    d_gated = d_activation * raised * (sigmoid * (1 + gated * (1 - sigmoid)))
-    d_gate = grouped_outer(d_gated, rows, groups, sizes, gate.dtype)
-    d_up = grouped_outer(d_raised, rows, groups, sizes, up.dtype)
-    d_rows = grouped_product(d_gated, gate.swapaxes(1, 2), groups, sizes)
-    d_rows += grouped_product(d_raised, up.swapaxes(1, 2), groups, sizes)
-    d_x = d_rows[groups.inverse].reshape(-1, topk, x.shape[1]).sum(1)
-    return d_x, None, d_weights, d_gate, d_up, d_down
+    def compute(size, chunk):
+        r, w, du = _take((rows, row_weights, upstream), chunk.start, size)
+        # Rows past the chunk's last are another's: without an upstream gradient they add nothing to the weights'.
+        du = jnp.where((jnp.arange(size) < chunk.rows)[:, None], du, 0)
+        g, u, d = gate[chunk.expert], up[chunk.expert], down[chunk.expert]
+        gated, raised = (_dot(r, g, 1), _dot(r, u, 1)) if remat else _take(products, chunk.start, size)
+        sigmoid = jax.nn.sigmoid(gated)
+        silu = gated * sigmoid
+        activation = silu * raised
+        d_weighted = _dot(du, d, 0)
+        d_weight = (d_weighted * activation).sum(-1, keepdims=True, dtype=weights.dtype)
+        d_activation = d_weighted * w
+        d_raised = d_activation * silu
+        # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
+        d_gated = d_activation * raised * (sigmoid * (1 + gated * (1 - sigmoid)))
+        d_rows = _dot(d_gated, g, 0) + _dot(d_raised, u, 0)
+        return (d_rows, d_weight), (_outer(d_gated, r), _outer(d_raised, r), _outer(du, activation * w))
+
+    def put(carry, chunk, results):
+        rowwise, gradients = results
+        totals = (
+            jax.lax.dynamic_update_index_in_dim(
+                total, gradient.astype(total.dtype) + jnp.where(chunk.first, 0, total[chunk.expert]), chunk.expert, 0
+            )
+            for total, gradient in zip(carry[2:], gradients, strict=True)
+        )
+        return *_put(carry[:2], rowwise, chunk.start), *totals
+
+    carry = jnp.zeros_like(rows), jnp.zeros((rows.shape[0], 1), weights.dtype)
+    carry += tuple(jnp.zeros_like(weight) for weight in (gate, up, down))
+    d_rows, d_weights, *gradients = _each_chunk(compute, put, carry, chunks, chunk_sizes(tokens, gate.shape[0], topk))
+    d_x = d_rows[chunks.inverse].reshape(-1, topk, x.shape[1]).sum(1)
+    return d_x, None, d_weights[chunks.inverse].reshape(weights.shape), *gradients
 
 
 _grouped_experts.defvjp(_grouped_forward, _grouped_backward)
 
 
-def grouped_product(
-    rows: Float[Array, "rows inputs"], weight: Float[Array, "experts outputs inputs"], groups: Groups, sizes: list[int]
-) -> Float[Array, "rows outputs"]:
-    """rows[i] @ weight[e].T for the expert e that row i belongs to. Rows past an expert's last are overwritten by the
-    next expert; what is left in the tail means nothing."""
-
-    def one_expert(out, expert):
-        w, start, bucket = expert
-
-        def branch(size):
-            def run(out):
-                part = jax.lax.dynamic_slice_in_dim(rows, start, size) @ w.astype(rows.dtype).T
-                return jax.lax.dynamic_update_slice_in_dim(out, part, start, 0)
-
-            return run
-
-        return jax.lax.switch(bucket, [branch(size) for size in sizes], out), None
-
-    out = jnp.zeros((rows.shape[0], weight.shape[1]), rows.dtype)
-    return jax.lax.scan(one_expert, out, (weight, groups.starts, groups.buckets))[0]
+def _row_weights(weights, chunks: Chunks, dtype) -> Float[Array, "rows 1"]:
+    return weights.reshape(-1)[chunks.order].astype(dtype)[:, None]
 
 
-def grouped_outer(
-    left: Float[Array, "rows outputs"],
-    right: Float[Array, "rows inputs"],
-    groups: Groups,
-    sizes: list[int],
-    dtype: jnp.dtype,
-) -> Float[Array, "experts outputs inputs"]:
-    """left.T @ right over each expert's rows: the gradient of `grouped_product` with respect to its weight."""
+def _take(arrays: tuple, start: Int[Array, ""], size: int) -> tuple:
+    return tuple(jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays)
 
-    def one_expert(_, expert):
-        start, count, bucket = expert
 
-        def branch(size):
-            def run():
-                mine = (jnp.arange(size) < count)[:, None]
-                a = jax.lax.dynamic_slice_in_dim(left, start, size)
-                b = jax.lax.dynamic_slice_in_dim(right, start, size)
-                a, b = (jnp.where(mine, a, 0), b) if left.shape[1] < right.shape[1] else (a, jnp.where(mine, b, 0))
-                return (a.T @ b).astype(dtype)
+def _put(arrays: tuple, parts: tuple, start: Int[Array, ""]) -> tuple:
+    """Parts written over the rows from `start` on: past a chunk's last row the next chunk overwrites them, and what
+    is left in the tail means nothing."""
+    update = jax.lax.dynamic_update_slice_in_dim
+    return tuple(update(array, part, start, 0) for array, part in zip(arrays, parts, strict=True))
 
-            return run
 
-        return None, jax.lax.switch(bucket, [branch(size) for size in sizes])
+def _dot(rows: Float[Array, "rows _"], weight: Float[Array, "_ _"], axis: int) -> Float[Array, "rows _"]:
+    """rows times the weight, summed over the weight's given axis: no transposed copy."""
+    return jax.lax.dot_general(rows, weight.astype(rows.dtype), (((1,), (axis,)), ((), ())))
 
-    return jax.lax.scan(one_expert, None, (groups.starts, groups.counts, groups.buckets))[1]
+
+def _outer(left: Float[Array, "rows outputs"], right: Float[Array, "rows inputs"]) -> Float[Array, "outputs inputs"]:
+    """left.T @ right: the gradient of a weight."""
+    return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Array, "tokens hidden"]:
