@@ -190,7 +190,7 @@ class ComputeConfig:
     dtype: DType = "float32"
     """Of activations and of the weights as they enter a product. Parameters stay float32 (float64 when this is)."""
     attention: str = "auto"
-    """`plain` is the oracle. Flax: `blocked` (CPU default), `cudnn`. Torch: `sdpa` (default), `padded` (MPS)."""
+    """`plain` is the oracle. Flax: `blocked` (CPU default), `cudnn`. Torch: `sdpa` (default), `masked` (MPS)."""
     moe: str = "auto"
     """`dense` runs all experts on all tokens: the oracle. `grouped` is the CPU's default, `blocks` the others'."""
     remat: Literal["off", "experts", "layers"] = "off"

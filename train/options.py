@@ -59,9 +59,9 @@ class DeviceOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
     """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
     attention: str = "auto"
-    """Attention path: auto, plain, or flax: blocked, cudnn; torch: sdpa, padded."""
+    """Attention path: auto, plain, or flax: blocked, cudnn; torch: sdpa, masked."""
     moe: str = "auto"
-    """Expert path: auto, dense (all experts on all tokens), grouped; torch: blocks."""
+    """Expert path: auto, grouped, blocks, or dense (all experts on all tokens)."""
     remat: Literal["auto", "off", "experts", "layers"] = "auto"
     """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
     scan_layers: bool = True
