@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow
@@ -23,7 +24,7 @@ from parity_tests.data_helpers import (
 from torch_ref.interface import UserError
 from train.corpus import BAD_ROWS_NAMED, DataError, Reader, compare_identity, held_out_below, open_source
 from train.hub import HubSource
-from train.sources import TEXT_DOCUMENT_BYTES, Bad, FileSource, python_docs_source
+from train.sources import TEXT_DOCUMENT_BYTES, Bad, FileSource, Row, python_docs_source
 
 TEXTS = make_texts(47)
 
@@ -262,6 +263,24 @@ def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
     with pytest.raises(UserError, match="no"):
         Reader(source := Refusing()).read(None, 1)
     assert source.opened == 1
+
+
+def test_a_reader_goes_back_where_it_is_told(tmp_path):
+    reader = Reader(SOURCES["parquet"](tmp_path))
+    first, state = reader.read(None, 5)
+    second, _ = reader.read(state, 5)
+    assert [reader.read(state, 5)[0], reader.read(None, 5)[0]] == [second, first]
+
+
+def test_the_end_of_the_run_stops_a_long_search():
+    class Endless:
+        def rows(self, state):
+            return (Row("not wanted", f"line:{number}") for number in itertools.count())
+
+    reader = Reader(Endless(), keep=lambda document: False)
+    threading.Timer(0.2, reader.stop.set).start()
+    with pytest.raises(DataError, match="the run ends"):
+        reader.read(None, 1)
 
 
 def test_the_end_of_the_run_cuts_a_wait_short(tmp_path):
