@@ -21,7 +21,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from torch_ref.decoding import bucket
 from torch_ref.interface import IGNORE, UserError
 from train.corpus import Reader
 from train.inference import DTypeName, Framework, TrainedModel, open_trained
@@ -115,7 +114,7 @@ def batches(documents: Iterable[Rows], seq_len: int) -> Iterator[Rows]:
     waiting: dict[int, list] = defaultdict(list)
     for document in documents:
         for inputs, targets in zip(*document, strict=True):
-            length = bucket(int((targets != IGNORE).sum()), seq_len)
+            length = padded_length(int((targets != IGNORE).sum()), seq_len)
             waiting[length].append((inputs[:length], targets[:length]))
             if len(waiting[length]) == rows_per_pass(length):
                 yield Rows(*map(np.stack, zip(*waiting.pop(length), strict=True)))
@@ -123,6 +122,11 @@ def batches(documents: Iterable[Rows], seq_len: int) -> Iterator[Rows]:
         missing = rows_per_pass(length) - len(rows)
         rows += [(np.zeros(length, np.int32), np.full(length, IGNORE, np.int32))] * missing
         yield Rows(*map(np.stack, zip(*rows, strict=True)))
+
+
+def padded_length(length: int, longest: int) -> int:
+    """64, 128, 256 and so on, at most `longest`."""
+    return min(max(64, 1 << (length - 1).bit_length()), longest)
 
 
 def rows_per_pass(length: int) -> int:

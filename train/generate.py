@@ -133,7 +133,7 @@ def ask(terminal: bool) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(
-        GenerateOptions, prog="python -m train.generate", args=argv, config=(tyro.conf.FlagConversionOff,)
+        GenerateOptions, prog="python -m train.generate", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
     )
     stream = sys.stdout.isatty()
     try:
