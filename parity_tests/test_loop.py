@@ -279,6 +279,12 @@ def test_validation_weighs_tokens_and_counts_bytes(straight: Stage) -> None:
     assert last["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / 100, rel=1e-12)
 
 
+@pytest.mark.parametrize(("interval", "at"), [(0, []), (6, [6, 12, 15]), (15, [15]), (16, [])])
+def test_validation_cadence(stage: Stage, interval: int, at: list[int]) -> None:
+    assert stage.train(eval_interval=interval) == COMPLETE
+    assert [record["step"] for record in stage.records("validation")] == at
+
+
 def test_early_stopping_ends_the_run_and_survives_a_resume(stage: Stage) -> None:
     losses = {2: 3.0, 4: 2.0, 6: 1.95, 8: math.nan, 10: 2.5}
     settings = {"eval_interval": 2, "patience": 3, "min_delta": 0.1}

@@ -21,7 +21,8 @@ from parity_tests.fakes import MODEL, small_options
 from torch_ref.interface import StepResult
 from torch_ref.memory import step_bytes
 from torch_ref.storage import TensorReader
-from train.launch import settle
+from train.launch import launch, settle
+from train.options import Options
 from train.runlog import read_metrics
 
 MAINS = {"flax": "train.flax_main", "torch": "torch_ref.train"}
@@ -192,6 +193,19 @@ def test_mistakes_are_one_line(
         assert train(framework, *argv) == 2
     error = capsys.readouterr().err
     assert error.startswith(said) and error.count("\n") == 1
+
+
+def test_an_interrupt_before_the_first_step_exits_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def build(options: Options) -> tuple:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    assert launch(["--preset", "tiny"], "prog", "none", build, lambda run_dir, backend: run_dir) == 130
+    assert capsys.readouterr().err == "Interrupted; what was not saved is lost.\n"
+    with FileLock("runs/tiny-none/.lock", timeout=0):  # let go of
+        pass
 
 
 @pytest.mark.parametrize(("name", "module"), [("flax", "jax"), ("torch", "torch")])

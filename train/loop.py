@@ -119,7 +119,7 @@ class Run:
                     self.log.show_progress(self.step)
                     while not self.finished:
                         self.train_step(batches)
-                        if self.due(self.options.eval_interval) or self.step == self.options.total_steps:
+                        if self.validation_due:
                             self.validate()
                         if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
                             self.save()
@@ -156,6 +156,14 @@ class Run:
 
     def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
+
+    @property
+    def validation_due(self) -> bool:
+        """Every `eval_interval` steps, and at the end of a run that is longer than that."""
+        return (
+            self.due(self.options.eval_interval)
+            or self.step == self.options.total_steps > self.options.eval_interval > 0
+        )
 
     # ---------------------------------------------------------------------------------------------- begin or resume
 
