@@ -186,7 +186,7 @@ def compare(case: Case, torch: Outcome, flax: Outcome) -> list[Measurement]:
     measure("logits", "logits", torch.logits, flax.logits, forward)
     divergence = kl_divergence(flax.logits, torch.logits).max()
     measurements.append(
-        Measurement("logits", case.name, case.dtype, "largest KL of a token", divergence, DIVERGENCE[case.dtype])
+        Measurement("KL", case.name, case.dtype, "largest of a token", divergence, DIVERGENCE[case.dtype])
     )
     measure("loss", "next-token loss", torch.loss, flax.loss, forward)
     measure("loss", "balance loss", torch.balance_loss, flax.balance_loss, forward)
