@@ -22,7 +22,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,8 @@ class Run:
         self.progress = Progress()
         self.changes: list[str] = []
         self.saved_step: int | None = None
+        self.under_way: Path | None = None
+        """The checkpoint that is being written."""
         self.log: RunLog
 
     def train(self) -> int:
@@ -119,6 +121,7 @@ class Run:
                     self.log.show_progress(self.step)
                     while not self.finished:
                         self.train_step(batches)
+                        self.announce_save()
                         if self.validation_due:
                             self.validate()
                         if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
@@ -332,20 +335,33 @@ class Run:
                     self.backend.delete(other)
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step, unless there is one. It may land while training goes on."""
         if self.saved_step == self.step:
             return
+        self.settle_save()
         name = f"step_final_{self.step}" if self.finished else f"step_{self.step}"
         self.log.say(f"{RULE}\nSaving checkpoint at step {self.step}\n{RULE}")
-        path = self._write_checkpoint(self.checkpoints, name)
-        self.log.say(f"Checkpoint saved to: {path}\n{RULE}")
+        self.under_way = self._write_checkpoint(self.checkpoints, name)
         self.saved_step = self.step
+        self.announce_save()
+
+    def announce_save(self) -> None:
+        """Say so once the checkpoint under way has landed; only then do older ones make room."""
+        if self.under_way is None or not self.under_way.exists():
+            return
+        self.log.say(f"Checkpoint saved to: {self.under_way}\n{RULE}")
+        self.under_way = None
         if self.options.keep_checkpoints:
             for _, old in self.backend.find(self.checkpoints)[: -self.options.keep_checkpoints]:
                 self.backend.delete(old)
 
+    def settle_save(self) -> None:
+        """Wait for the checkpoint under way; what went wrong with it is raised here."""
+        with self._checkpoint_errors(self.under_way):
+            self.backend.wait()
+        self.announce_save()
+
     def _write_checkpoint(self, folder: Path, name: str) -> Path:
-        """Write the whole state and wait until it has landed, so that what the log says is true."""
         meta = {
             "step": self.step,
             "loss": self.progress.loss,
@@ -354,14 +370,15 @@ class Run:
             "data": self.data.identity,
             "progress": dataclasses.asdict(self.progress),
         }
+        with self._checkpoint_errors(folder / name):
+            return self.backend.save(folder, name, meta)
+
+    @contextmanager
+    def _checkpoint_errors(self, path: Path | None) -> Iterator[None]:
         try:
-            path = self.backend.save(folder, name, meta)
-            self.backend.wait()
+            yield
         except OSError as error:
-            raise UserError(
-                f"checkpoint {folder / name} cannot be written: {error}; those before it are whole"
-            ) from error
-        return path
+            raise UserError(f"checkpoint {path} cannot be written: {error}; those before it are whole") from error
 
     def sample(self) -> None:
         """Let the model continue the prompt, with random numbers that belong to this sample alone."""
@@ -379,6 +396,7 @@ class Run:
     def finish(self) -> int:
         """The run is complete: final weights and curves."""
         self.save()
+        self.settle_save()
         path = self.write_weights(self.run_dir, self.backend)
         self.log.say(f"Final weights saved to: {path}")
         self._end("complete", f"The run is complete: {self.outcome}")
@@ -420,6 +438,7 @@ class Run:
         return FAILED
 
     def _end(self, state: str, message: str) -> None:
+        self.settle_save()
         self.log.end(self.step, state)
         self.log.say(message)
         if self.step:
