@@ -34,6 +34,9 @@ from torch_ref.rotary import Rope, make_rope
 Cache = Float[Tensor, "layers batch slots cached"]
 """Per layer, row and slot: the normed latent, then the rotated key."""
 
+SLOTS_TOGETHER = 256
+"""Attention reads the cache up to a multiple of this, since MPS keeps memory for every shape that it has met."""
+
 
 def prefill(
     model: Model,
@@ -78,12 +81,13 @@ def decode(
     """
     dtype = getattr(torch, compute.dtype)
     slot = prompt + step
-    slots = torch.arange(slot + 1, device=token.device)
-    visible = (slots < lengths[:, None]) | (slots >= prompt)
+    width = min(-(-(slot + 1) // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
+    slots = torch.arange(width, device=token.device)
+    visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
     x = F.embedding(token.long(), model.embed_tokens.weight).to(dtype)
     for layer, block in zip(cache, model.layers, strict=True):
-        x = x + attend_latents(block.attention, block.input_norm(x), rope, layer[:, : slot + 1], visible)
+        x = x + attend_latents(block.attention, block.input_norm(x), rope, layer[:, :width], slot, visible)
         x = x + feed_forward(block, block.post_attention_norm(x), compute)
     return model.logits(model.norm(x))
 
@@ -93,12 +97,13 @@ def attend_latents(
     x: Float[Tensor, "batch hidden"],
     rope: Rope,
     cache: Float[Tensor, "batch slots cached"],
+    slot: int,
     visible: Bool[Tensor, "batch slots"],
 ) -> Float[Tensor, "batch hidden"]:
-    """Attention of one new token per row to the visible slots. Its own entry is written into the last slot. Softmax
-    in float32 or wider."""
+    """Attention of one new token per row to the visible slots. Its own entry is written into `slot`. Softmax in
+    float32 or wider."""
     c = attention.config
-    cache[:, -1] = torch.cat(attention.latents(x, rope), dim=-1)
+    cache[:, slot] = torch.cat(attention.latents(x, rope), dim=-1)
     q_nope, q_rope = (q.unflatten(1, (c.num_kv_heads, -1)) for q in attention.queries(x, rope))
     key, value = key_and_value_parts(attention.kv_b_proj.weight.to(x.dtype), c)
     q = torch.cat((torch.einsum("bkgn,knl->bkgl", q_nope, key), q_rope), dim=-1)
