@@ -57,7 +57,7 @@ class _LogAxis:
 def _levels(levels: Sequence[Level], axis: _LogAxis) -> str:
     return "".join(
         f'<line class="bound {level.style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axis.y(level.value):.1f}" '
-        f'y2="{axis.y(level.value):.1f}"/><text class="tick {level.style}" x="{WIDTH - RIGHT}" '
+        f'y2="{axis.y(level.value):.1f}"/><text class="tick halo {level.style}" x="{WIDTH - RIGHT}" '
         f'y="{axis.y(level.value) - 4:.1f}" text-anchor="end">{escape(level.label)}</text>'
         for level in levels
     )
@@ -80,11 +80,12 @@ def log_lines(
     values = [float(value) for line in lines for value in line.values] + [level.value for level in levels]
     axis = _LogAxis(values, floor)
     length = max(len(line.values) for line in lines)
-    body = [axis.grid(), _levels(levels, axis)]
+    body = [axis.grid()]
     for line in lines:
         x = np.linspace(LEFT, WIDTH - RIGHT, length)
         points = " ".join(f"{x[i]:.1f},{axis.y(float(value)):.1f}" for i, value in enumerate(line.values))
         body.append(f'<polyline class="line {line.style}" points="{points}"/>')
+    body.append(_levels(levels, axis))
     for step in (1, length // 2, length):
         x = LEFT + (WIDTH - LEFT - RIGHT) * (step - 1) / max(length - 1, 1)
         anchor = "start" if step == 1 else "end" if step == length else "middle"
@@ -121,7 +122,7 @@ def log_bars(
     slot = (WIDTH - LEFT - RIGHT) / len(groups)
     width = min(slot * 0.8 / len(series), 34)
     base = HEIGHT - BOTTOM
-    body = [axis.grid(), _levels(levels, axis)]
+    body = [axis.grid()]
     for index, group in enumerate(groups):
         middle = LEFT + slot * (index + 0.5)
         for number, line in enumerate(series):
@@ -133,21 +134,28 @@ def log_bars(
                 f"{float(line.values[index]):.1e}</title></rect>"
             )
         body.append(f'<text class="tick" x="{middle:.1f}" y="{base + 14}" text-anchor="middle">{escape(group)}</text>')
+    body.append(_levels(levels, axis))
     return _figure("".join(body), description, x_label, [(line.label, line.style) for line in series])
 
 
 def log_dots(
     names: Sequence[str], series: Sequence[Line], levels: Sequence[Level], description: str, x_label: str
 ) -> str:
-    """One dot per named place on a logarithmic axis, in order."""
+    """One dot per named place on a logarithmic axis, in order; `layers.N` of the names divides the horizontal axis."""
     values = [float(value) for line in series for value in line.values] + [level.value for level in levels]
     axis = _LogAxis(values, 1e-18)
     x = np.linspace(LEFT + 4, WIDTH - RIGHT - 4, len(names))
-    body = [axis.grid(), _levels(levels, axis)]
+    body = [axis.grid()]
+    layers = [".".join(name.split(".")[:2]) if name.startswith("layers.") else "" for name in names]
+    for layer in filter(None, dict.fromkeys(layers)):
+        first = x[layers.index(layer)] - 2
+        body.append(f'<line class="grid" x1="{first:.1f}" x2="{first:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 4}"/>')
+        body.append(f'<text class="tick" x="{first + 3:.1f}" y="{HEIGHT - BOTTOM + 14}">{escape(layer)}</text>')
     for line in series:
         body += [
             f'<circle class="dot {line.style}" cx="{x[i]:.1f}" cy="{axis.y(float(value)):.1f}" r="2.2">'
             f"<title>{escape(names[i])}, {escape(line.label)}: {float(value):.1e}</title></circle>"
             for i, value in enumerate(line.values)
         ]
+    body.append(_levels(levels, axis))
     return _figure("".join(body), description, x_label, [(line.label, line.style) for line in series])

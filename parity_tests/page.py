@@ -23,7 +23,7 @@ def number(value: float) -> str:
         return "0"
     if not math.isfinite(value):
         return "not finite" if math.isnan(value) else "missing or misshapen"
-    return f"{value:.0f}" if value >= 1 and value == int(value) else f"{value:.1e}"
+    return f"{value:.0f}" if value >= 1 and value == int(value) else f"{value:.1e}".replace(".0e", "e")
 
 
 def shown(measurements: list[Measurement]) -> Measurement:
@@ -134,6 +134,11 @@ def renew(report: Report, repository: Path) -> None:
     )
 
 
+def check_markers(repository: Path) -> None:
+    """Raises `UserError` if README.md has no place for the table, before anything is measured."""
+    replace_between_markers((repository / "README.md").read_text(), "")
+
+
 def replace_between_markers(text: str, table: str) -> str:
     """`text` with what is between the two markers replaced. Raises `UserError` where they are not there."""
     before, begin, rest = text.partition(BEGIN)
@@ -214,9 +219,7 @@ def _layers(report: Report) -> str:
             for dtype in dtypes
         ]
         levels = [Level(f"bound {dtype} {bounds[dtype]:.0e}", SERIES[dtype], bounds[dtype]) for dtype in dtypes]
-        figures.append(
-            charts.log_bars([f"layer {n}" for n in range(len(layers))], series, levels, what, "relative error")
-        )
+        figures.append(charts.log_bars(layers, series, levels, what, "largest error over largest value"))
     traced = {
         dtype: [each for each in report.of("trace", dtype) if each.case == "trace" and each.bound] for dtype in dtypes
     }
@@ -224,8 +227,8 @@ def _layers(report: Report) -> str:
         names = [each.where for each in next(iter(traced.values()))]
         series = [Line(dtype, SERIES[dtype], [each.error for each in traced[dtype][: len(names)]]) for dtype in dtypes]
         levels = [Level(f"bound {dtype} {FORWARD[dtype]:.0e}", SERIES[dtype], FORWARD[dtype]) for dtype in dtypes]
-        what = "Every module's output, in the order of the forward pass"
-        figures.append(charts.log_dots(names, series, levels, what, "from the first norm to the last; names on hover"))
+        what = "Every module's output, in the order of the forward pass (names on hover)"
+        figures.append(charts.log_dots(names, series, levels, what, "from the first norm to the last"))
     return f'<section><h2>Along the model</h2><div class="figures">{"".join(figures)}</div></section>'
 
 
@@ -303,6 +306,7 @@ svg { width: 100%; height: auto; display: block; }
 .key i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 5px; }
 .key i { vertical-align: middle; }
 .tick { font: 11px system-ui, sans-serif; fill: var(--soft); } .grid { stroke: var(--rule); stroke-width: 1; }
+.halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 .line { fill: none; stroke-width: 1.4; stroke-linejoin: round; } .line.wide { stroke-width: 4; opacity: .45; }
 .bound { stroke-width: 1.2; stroke-dasharray: 5 4; }
 .line.a, .bound.a { stroke: var(--a); } .line.b, .bound.b { stroke: var(--b); } .line.c, .bound.c { stroke: var(--c); }

@@ -171,11 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
             __import__(package)
         if options.readme and options.quick:
             raise UserError("--readme: takes the whole ladder; leave --quick out")
+        from parity_tests import page
+
+        if options.readme:
+            page.check_markers(REPOSITORY)
         started = time.monotonic()
         report = measure(options.torch_device, options.jax_platform, options.quick, say=print)
         report.environment["took"] = f"{(time.monotonic() - started) / 60:.0f} min"
-        from parity_tests import page
-
         page.write(report, options.out)
         print(f"Wrote {options.out / 'index.html'} and {options.out / 'report.md'}")
         if options.readme:

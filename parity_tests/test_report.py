@@ -114,7 +114,7 @@ def test_page_is_whole_and_loads_nothing():
 def test_markdown_names_the_failed_place():
     text = page.markdown(made_up(1e-3))
     assert "layer 0 off by 1.00e-03, bound 1e-12" in text
-    assert "**FAILED** 1.0e-03 (bound 1.0e-12)" in text
+    assert "**FAILED** 1e-03 (bound 1e-12)" in text
 
 
 def test_readme_table_is_replaced_between_its_markers(tmp_path):
@@ -122,7 +122,7 @@ def test_readme_table_is_replaced_between_its_markers(tmp_path):
     page.renew(made_up(), tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
-    assert "| hidden |" in text and "1.0e-15 (bound 1.0e-12)" in text
+    assert "| hidden |" in text and "1e-15 (bound 1e-12)" in text
     assert "`layers.0.attention.attend`" in (tmp_path / "docs/mutations.md").read_text()
     with pytest.raises(UserError, match="README.md"):
         page.replace_between_markers("no markers", "table")

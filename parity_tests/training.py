@@ -262,12 +262,12 @@ class Divergence:
 
     @property
     def floor_level(self) -> float:
-        """The chaos floor: median over pairs of the largest difference, at most 1e-2."""
-        return 0.0 if self.floor is None else min(float(np.median(self.floor.max(1))), 1e-2)
+        """The chaos floor: median over pairs of the largest difference."""
+        return 0.0 if self.floor is None else float(np.median(self.floor.max(1)))
 
     @property
     def bound(self) -> float:
-        return {"float64": 1e-9, "float32": max(1e-3, 2 * self.floor_level), "bfloat16": 5e-2}[self.dtype]
+        return {"float64": 1e-9, "float32": max(1e-3, min(2 * self.floor_level, 1e-2)), "bfloat16": 5e-2}[self.dtype]
 
     def measurements(self) -> list[Measurement]:
         where = f"loss, step {int(self.difference.argmax()) + 1} of {len(self.difference)}"
