@@ -162,7 +162,8 @@ def fit_latent(
     values, vectors = np.linalg.eigh(moment)
     to_white = vectors / np.sqrt(values) @ vectors.T
     weighted = np.concatenate([root @ target for root, target in zip(weight_roots, targets, strict=True)])
-    _, sizes, directions = np.linalg.svd(weighted @ np.linalg.inv(to_white), full_matrices=False)
+    _, sizes, directions = np.linalg.svd(weighted @ np.linalg.inv(to_white))
+    sizes = np.pad(sizes, (0, len(directions) - len(sizes)), mode="edge")  # a latent wider than the targets
     white = directions @ to_white  # rows: latents of unit variance, the most important first
     constant = np.linalg.solve(moment, (x * tokens).mean(0))  # its product with x is as near to 1 as can be
 

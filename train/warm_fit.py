@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 WARMUP_SHARE = 0.1
 """Of the steps of a fit: the learning rate rises over them, then falls along a half cosine to 0."""
+
+SAVE_STEPS = 10
+"""Steps of the distillation between two saves of its state."""
 
 LOGITS_CHUNK = 256
 """Tokens whose logits exist at once, of both models."""
@@ -173,39 +177,57 @@ def distill(
     rows: Int[np.ndarray, "rows seq"],
     settings: AdamWSettings,
     compute: ComputeConfig,
-    stepped: Callable[[float], None] = lambda loss: None,
-) -> None:
-    """Train the attention and the norms of a dense model so that its predictions become the teacher's: mean over
-    tokens of KL(teacher || model), which `stepped` gets after each step, in nats. Rows are taken in order.
+    saved: Path,
+    stepped: Callable[[float], None] = lambda divergence: None,
+) -> list[float]:
+    """Train the attention and the norms of a dense model so that its predictions become the teacher's. Returns the
+    mean over tokens of KL(teacher || model) before each step, in nats; `stepped` gets it too. Rows are taken in order.
 
-    Embedding and MLPs stay as they are: they hold what the teacher knows, and are not what was replaced."""
+    Embedding and MLPs stay as they are: they hold what the teacher knows, and are not what was replaced. The file
+    `saved` holds the state after every `SAVE_STEPS` steps, from which a later call with the same settings goes on."""
     import torch
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".attention." in name or "norm" in name)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in range(settings.steps):
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    divergences: list[float] = []
+    if saved.exists() and (state := torch.load(saved, weights_only=True))["settings"] == list(settings):
+        model.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        for divergence in state["divergences"]:
+            divergences.append(divergence)
+            stepped(divergence)
+    for step in range(len(divergences), settings.steps):
         tokens = torch.from_numpy(rows[step * settings.batch : (step + 1) * settings.batch])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         with torch.no_grad():
             wanted = teacher.hidden(tokens, getattr(torch, compute.dtype)).float()
         hidden = model(tokens, compute).hidden
-        divergence, upstream = _divergence(hidden.detach().float(), model.embed_tokens.weight.detach(), wanted, teacher)
+        divergence, upstream = _divergence(
+            hidden.detach().float(), model.embed_tokens.weight.detach(), wanted, teacher.embedding
+        )
         optimizer.zero_grad()
         hidden.backward(upstream.to(hidden.dtype))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
+        divergences.append(divergence)
         stepped(divergence)
+        if (step + 1) % SAVE_STEPS == 0 or step + 1 == settings.steps:
+            weights = {name: parameter.detach() for name, parameter in trained.items()}
+            state = {"settings": list(settings), "weights": weights, "optimizer": optimizer.state_dict()}
+            torch.save(state | {"divergences": divergences}, partial := saved.with_suffix(".partial"))
+            partial.replace(saved)
     model.requires_grad_(True)
+    return divergences
 
 
 def _divergence(
     hidden: Float[Tensor, "batch seq hidden"],
     embedding: Float[Tensor, "vocab hidden"],
     wanted: Float[Tensor, "batch seq hidden"],
-    teacher: Teacher,
+    teacher_embedding: Float[Tensor, "vocab hidden"],
 ) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
     """Mean KL(teacher || model) over tokens and its gradient with respect to `hidden`, by chunks of tokens:
     d KL / d logits = softmax(logits) - softmax(teacher's logits)."""
@@ -215,7 +237,7 @@ def _divergence(
     with torch.no_grad():
         chunks = zip(hidden.flatten(0, 1).split(LOGITS_CHUNK), wanted.flatten(0, 1).split(LOGITS_CHUNK), strict=True)
         for ours, theirs in chunks:
-            log_p = (theirs @ teacher.embedding.T).log_softmax(-1)
+            log_p = (theirs @ teacher_embedding.T).log_softmax(-1)
             log_q = (ours @ embedding.T).log_softmax(-1)
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum().item()

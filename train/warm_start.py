@@ -59,6 +59,8 @@ CHECK_ROWS = 4
 """Held-out rows that a layer's error is measured on."""
 FORWARD_ROWS = 8
 """Rows that go through a teacher's layer together."""
+Texts = dict[str, dict[int, Rows]]
+"""Rows to measure on, by text and length: the same tokens at every length."""
 REPORT = "warm_start.json"
 PLOT = "warm_start.png"
 
@@ -129,7 +131,7 @@ def warm_start(options: WarmStartOptions, config: ModelConfig, console: Console)
         check_tokenizer(own_tokenizer, tokenizer)
     work = Work(options.out.with_name(options.out.name + ".partial"))
     tokenizer.save(work.folder / "tokenizer")
-    data = open_data(_data_options(options, config, work), work.folder / "data")
+    data = open_data(_data_options(options, config, work), work.folder / "data", resume=work.begun)
     work.claim(_identity(options, config, teacher, data))
 
     stages = _Stages(options, config, teacher, tokenizer, data, work, console)
@@ -189,10 +191,14 @@ class Work:
         self.folder = folder
         (folder / "layers").mkdir(parents=True, exist_ok=True)
 
+    @property
+    def begun(self) -> bool:
+        return (self.folder / "identity.json").exists()
+
     def claim(self, identity: dict) -> None:
         """Raises `UserError` if the folder belongs to another conversion."""
         file = self.folder / "identity.json"
-        if not file.exists():
+        if not self.begun:
             write_json(file, identity)
         for name, value in read_json(file).items():
             if value != identity.get(name):
@@ -262,7 +268,8 @@ class _Stages:
         if options.distill_steps:
             with self.timed("distillation"):
                 self.distill(model, rows[options.fit_rows :])
-            self.measure("distilled", texts, self.hidden_of(model), model.embed_tokens.weight)
+            made_by = f"{options.distill_steps} x {options.distill_batch} at {options.distill_learning_rate}"
+            self.measure("distilled", texts, self.hidden_of(model), model.embed_tokens.weight, made_by)
 
         inputs = mlp_inputs(model, rows[:CALIBRATION_ROWS], self.compute)
         dense = {name: value.detach().numpy() for name, value in model.state_dict().items()}
@@ -277,7 +284,8 @@ class _Stages:
             )
         del model
         experts = Model(self.config).load_values(self.expert_values(dense, inputs))
-        self.measure("experts", texts, self.hidden_of(experts), experts.embed_tokens.weight)
+        with self.timed("measuring experts"):
+            self.report["losses"]["experts"] = losses_of(texts, self.hidden_of(experts), experts.embed_tokens.weight)
         report["expert_load"] = self.expert_load(experts, rows[:CALIBRATION_ROWS])
         report["options"] = {name: str(value) for name, value in vars(options).items()}
         print_tables(report, self.console)
@@ -291,8 +299,7 @@ class _Stages:
 
     # Text
 
-    def texts(self) -> dict[str, dict[int, Rows]]:
-        """Rows to measure on, by text and length: the same tokens at every length."""
+    def texts(self) -> Texts:
         held_out = self.data.validation
         scored = held_out.targets.ravel() >= 0
         if not scored.any():
@@ -384,16 +391,16 @@ class _Stages:
     def distill(self, model, rows: Int32[np.ndarray, "rows seq"]) -> None:
         options = self.options
         settings = AdamWSettings(options.distill_steps, options.distill_batch, options.distill_learning_rate)
-        curve = self.report["distillation"] = []
         with _progress(self.console) as progress:
             bar = progress.add_task("distillation", total=settings.steps)
 
             def stepped(divergence: float) -> None:
-                curve.append(round(divergence, 5))
                 progress.update(bar, advance=1, description=f"distillation, KL {divergence:.3f}")
 
             compute = dataclasses.replace(self.compute, dtype=options.compute)
-            distill(model, self.teacher, rows, settings, compute, stepped)
+            saved = self.work.folder / "distillation.pt"
+            divergences = distill(model, self.teacher, rows, settings, compute, saved, stepped)
+        self.report["distillation"] = [round(value, 5) for value in divergences]
 
     def expert_values(
         self, dense: dict[str, np.ndarray], inputs: list[MlpInputs]
@@ -409,13 +416,18 @@ class _Stages:
     def hidden_of(self, model):
         return lambda tokens: model(tokens, self.compute).hidden
 
-    def measure(self, stage: str, texts: dict[str, dict[int, Rows]], hidden_of, embedding) -> None:
+    def measure(self, stage: str, texts: Texts, hidden_of, embedding, made_by: str = "") -> None:
+        """Losses of a stage on every text, or those that an interrupted run has measured before."""
+        file = self.work.folder / f"losses-{stage}.json"
+        sums = {name: [int(rows.inputs.sum()) for rows in by_length.values()] for name, by_length in texts.items()}
+        identity = {"texts": sums, "made_by": made_by}
         with self.timed(f"measuring {stage}"):
-            self.report["losses"][stage] = {
-                name: {str(length): mean_loss(hidden_of, embedding, rows) for length, rows in by_length.items()}
-                for name, by_length in texts.items()
-            }
-        losses = [f"{loss:.4f}" for by_length in self.report["losses"][stage].values() for loss in by_length.values()]
+            found = read_json(file) if file.exists() else {}
+            if found.get("identity") != identity:
+                found = {"identity": identity, "losses": losses_of(texts, hidden_of, embedding)}
+                write_json(file, found)
+        self.report["losses"][stage] = found["losses"]
+        losses = [f"{loss:.4f}" for by_length in found["losses"].values() for loss in by_length.values()]
         self.console.print(f"{stage}: loss {' '.join(losses)}")
 
     def expert_load(self, model, rows: Int32[np.ndarray, "rows seq"]) -> list[float]:
@@ -425,6 +437,14 @@ class _Stages:
         with torch.no_grad():
             counts = sum(model(torch.from_numpy(row)[None], self.compute).expert_counts for row in rows).double()
         return (counts.amax(1) / counts.mean(1)).tolist()
+
+
+def losses_of(texts: Texts, hidden_of, embedding) -> dict[str, dict[str, float]]:
+    """Mean loss in nats by text and row length."""
+    return {
+        name: {str(length): mean_loss(hidden_of, embedding, rows) for length, rows in by_length.items()}
+        for name, by_length in texts.items()
+    }
 
 
 def _progress(console: Console) -> Progress:
