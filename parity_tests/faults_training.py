@@ -40,12 +40,13 @@ def _():
 
 @mutation("weight gradients of two experts swapped", "gradient", "layers.2.mlp.experts.down_proj")
 def _():
-    original = moe.grouped_outer
+    original = moe._GroupedExperts.backward
 
-    def swapped(*args):
-        return original(*args)[[1, 0, *range(2, CONFIG.n_routed_experts)]]
+    def swapped(ctx, upstream):
+        *others, d_down, remat = original(ctx, upstream)
+        return *others, d_down[[1, 0, *range(2, CONFIG.n_routed_experts)]], remat
 
-    return mock.patch.object(moe, "grouped_outer", swapped)
+    return mock.patch.object(moe._GroupedExperts, "backward", staticmethod(swapped))
 
 
 def hidden_gradient(hook: Callable) -> AbstractContextManager:

@@ -12,6 +12,7 @@ active experts; `blocks` does so in static shapes without a host sync, for MPS. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,9 @@ def experts_grouped(
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """The routing weight enters before the down projection, so the backward pass never needs the experts' outputs."""
+    """One expert after the other, all three products of each while its activations are in the cache (CUDA in half
+    precision: all experts at once, in grouped kernels). The routing weight enters before the down projection, so the
+    backward pass never needs the experts' outputs."""
 
     @staticmethod
     def forward(ctx, x, chosen, weights, gate, up, down, remat):
@@ -115,75 +118,85 @@ class _GroupedExperts(torch.autograd.Function):
         ends = count_experts(chosen, gate.shape[0]).cumsum(0)
         rows = x[order // topk]
         row_weights = weights.flatten()[order].to(x.dtype)[:, None]
-        gated, raised = grouped_product(rows, gate, ends), grouped_product(rows, up, ends)
-        activation = F.silu(gated).mul_(raised).mul_(row_weights)
-        out = grouped_product(activation, down, ends)
-        ctx.save_for_backward(
-            x, order, inverse, ends, weights, gate, up, down, None if remat else gated, None if remat else raised
-        )
-        return out[inverse].unflatten(0, (-1, topk)).sum(1)
+        out, products = [], []
+        for part, experts, offsets in _groups(rows, ends):
+            gated = grouped_product(rows[part], gate[experts], offsets)
+            raised = grouped_product(rows[part], up[experts], offsets)
+            activation = F.silu(gated).mul_(raised).mul_(row_weights[part])
+            out.append(grouped_product(activation, down[experts], offsets))
+            products += () if remat else (gated, raised)
+        ctx.save_for_backward(x, order, inverse, ends, weights, gate, up, down, *products)
+        return torch.cat(out)[inverse].unflatten(0, (-1, topk)).sum(1)
 
     @staticmethod
     def backward(ctx, upstream):
-        x, order, inverse, ends, weights, gate, up, down, gated, raised = ctx.saved_tensors
+        x, order, inverse, ends, weights, gate, up, down, *products = ctx.saved_tensors
         topk = weights.shape[1]
-        rows = x[order // topk]
-        if gated is None:
-            gated, raised = grouped_product(rows, gate, ends), grouped_product(rows, up, ends)
+        rows, upstream = x[order // topk], upstream[order // topk]
         row_weights = weights.flatten()[order].to(x.dtype)[:, None]
-        upstream = upstream[order // topk]
+        d_rows, d_weights = [], []
+        d_gate, d_up, d_down = (torch.empty_like(weight) for weight in (gate, up, down))
+        for number, (part, experts, offsets) in enumerate(_groups(rows, ends)):
+            r, w, d_out = rows[part], row_weights[part], upstream[part]
+            if products:
+                gated, raised = products[2 * number : 2 * number + 2]
+            else:
+                gated = grouped_product(r, gate[experts], offsets)
+                raised = grouped_product(r, up[experts], offsets)
+            sigmoid = gated.sigmoid()
+            silu = gated * sigmoid
+            activation = silu * raised
+            d_weighted = grouped_product(d_out, down[experts].transpose(1, 2), offsets)
+            d_weights.append((d_weighted * activation).sum(-1, dtype=weights.dtype))
+            grouped_outer(d_out, activation.mul_(w), offsets, out=d_down[experts])
+            d_activation = d_weighted.mul_(w)
+            # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
+            slope = sigmoid.addcmul_(silu, 1 - sigmoid)
+            d_raised = silu.mul_(d_activation)
+            d_gated = d_activation.mul_(raised).mul_(slope)
+            grouped_outer(d_gated, r, offsets, out=d_gate[experts])
+            grouped_outer(d_raised, r, offsets, out=d_up[experts])
+            d_r = grouped_product(d_gated, gate[experts].transpose(1, 2), offsets)
+            d_rows.append(d_r.add_(grouped_product(d_raised, up[experts].transpose(1, 2), offsets)))
+        d_x = torch.cat(d_rows)[inverse].unflatten(0, (-1, topk)).sum(1)
+        return d_x, None, torch.cat(d_weights)[inverse].view_as(weights), d_gate, d_up, d_down, None
 
-        sigmoid = gated.sigmoid()
-        silu = gated * sigmoid
-        activation = silu * raised
-        d_weighted = grouped_product(upstream, down.transpose(1, 2), ends)
-        d_weights = (d_weighted * activation).sum(-1, dtype=weights.dtype)[inverse].view_as(weights)
-        d_down = grouped_outer(upstream, activation.mul_(row_weights), ends, down.dtype)
-        d_activation = d_weighted.mul_(row_weights)
-        d_raised = silu.mul_(d_activation)
-        # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
-        d_gated = d_activation.mul_(raised).mul_(sigmoid * (1 + gated * (1 - sigmoid)))
-        d_gate = grouped_outer(d_gated, rows, ends, gate.dtype)
-        d_up = grouped_outer(d_raised, rows, ends, up.dtype)
-        d_rows = grouped_product(d_gated, gate.transpose(1, 2), ends)
-        d_rows += grouped_product(d_raised, up.transpose(1, 2), ends)
-        d_x = d_rows[inverse].unflatten(0, (-1, topk)).sum(1)
-        return d_x, None, d_weights, d_gate, d_up, d_down, None
+
+def _groups(rows: Tensor, ends: Int[Tensor, " experts"]) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """What is computed together: which sorted rows, of which experts, and where each of these ends among the rows. One
+    expert at a time, which has no ends (None); or all of them, where CUDA has a kernel for that."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        yield slice(None), slice(None), ends.int()  # no transfer to the host
+        return
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        yield slice(start, end), slice(expert, expert + 1), None
+        start = end
 
 
 def grouped_product(
-    rows: Float[Tensor, "rows inputs"], weight: Float[Tensor, "experts outputs inputs"], ends: Int[Tensor, " experts"]
+    rows: Float[Tensor, "rows inputs"],
+    weight: Float[Tensor, "experts outputs inputs"],
+    ends: Int[Tensor, " experts"] | None,
 ) -> Float[Tensor, "rows outputs"]:
-    """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]. CUDA: one grouped kernel, no host sync."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
-        weight = weight.to(rows.dtype).transpose(1, 2)
-        return F.grouped_mm(rows, weight, offs=ends.int())
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        torch.mm(rows[start:end], weight[expert].to(rows.dtype).T, out=out[start:end])
-        start = end
-    return out
+    """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]; without `ends`, for the only expert."""
+    weight = weight.to(rows.dtype)
+    return rows @ weight[0].T if ends is None else F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
 def grouped_outer(
     left: Float[Tensor, "rows outputs"],
     right: Float[Tensor, "rows inputs"],
-    ends: Int[Tensor, " experts"],
-    dtype: torch.dtype,
-) -> Float[Tensor, "experts outputs inputs"]:
-    """left.T @ right over each expert's rows: the gradient of `grouped_product` with respect to its weight."""
-    if left.is_cuda and left.dtype == torch.bfloat16:
-        return F.grouped_mm(left.T, right, offs=ends.int()).to(dtype)
-    out = left.new_empty(ends.shape[0], left.shape[1], right.shape[1], dtype=dtype)
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if dtype == left.dtype:
-            torch.mm(left[start:end].T, right[start:end], out=out[expert])
-        else:
-            out[expert] = left[start:end].T @ right[start:end]
-        start = end
-    return out
+    ends: Int[Tensor, " experts"] | None,
+    out: Float[Tensor, "experts outputs inputs"],
+) -> None:
+    """out[e] = left.T @ right over each expert's rows: the gradient of `grouped_product` for its weight."""
+    if ends is not None:
+        out.copy_(F.grouped_mm(left.T, right, offs=ends))
+    elif out.dtype == left.dtype:
+        torch.mm(left.T, right, out=out[0])
+    else:
+        out[0] = left.T @ right
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
