@@ -232,6 +232,15 @@ def test_the_tokenizer_comes_with_the_model(warm, teacher):
     assert transformers.AutoTokenizer.from_pretrained(warm).encode(text, add_special_tokens=False) == ids
 
 
+def test_training_that_starts_from_it_takes_its_sizes_and_its_tokenizer(warm):
+    from train.command_line import parse
+
+    options = parse(["--init-from", str(warm), "--seq-len", "64"], "train")
+    assert options.model == SMALL
+    assert options.tokenizer == str(warm)
+    assert parse(["--init-from", str(warm), "--seq-len", "64", "--tokenizer", "bpe"], "train").tokenizer == "bpe"
+
+
 def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tmp_path, monkeypatch):
     out = tmp_path / "model"
     arguments = arguments_for(teacher, out)

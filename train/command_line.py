@@ -1,6 +1,6 @@
 """Options from a preset, a TOML file and the command line, in this order of precedence: preset < `--config FILE.toml`
-< flags. `--init-from` brings its model's sizes in place of the preset's. Every mistake is refused in one line that
-names the option or the file.
+< flags. `--init-from` brings its model's sizes and its tokenizer in place of the preset's. Every mistake is refused in
+one line that names the option or the file.
 
 `python -m train.command_line` prints the README's table of settings.
 """
@@ -43,6 +43,8 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
     if chosen.init_from:
         values["model"] = config_of(chosen.init_from)  # sizes given below must then agree, or `read_start` refuses
+        if (chosen.init_from / "tokenizer.json").is_file():
+            values["tokenizer"] = str(chosen.init_from)  # the weights know its tokens by their numbers
     values = _overlay(values, file_values, str(chosen.config))
     return _parse_flags(argv, prog, values)
 
