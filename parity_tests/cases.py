@@ -136,7 +136,8 @@ def pairwise(modes: dict[str, tuple], candidates: int = 20, seed: int = 7) -> li
 
 def make_case(choice: dict) -> Case:
     """The case of one combination of `MODES`, named by what it chooses."""
-    config = replace(CONFIG, **{key: choice[key] for key in ("q_lora_rank", "first_k_dense", "num_kv_heads")})
+    sizes = {key: choice[key] for key in ("q_lora_rank", "first_k_dense", "num_kv_heads")}
+    config = replace(CONFIG, num_layers=2, **sizes)
     flax = ComputeConfig(
         attention=choice["flax_attention"],
         moe=choice["flax_moe"],
@@ -158,6 +159,8 @@ def make_case(choice: dict) -> Case:
 
 
 PAIRWISE_CASES = [make_case(choice) for choice in pairwise(MODES)]
+FLOAT32_CASES = PAIRWISE_CASES[::3]
+"""Those also measured in float32 unless more is asked for: a fault in a mode shows in float64."""
 
 TRACE_CASE = Case(
     "trace",

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from parity_tests.backend_cases import FRAMEWORKS
+from parity_tests.backend_cases import CONFIG, FRAMEWORKS
 from parity_tests.harness import relative_error
 
 HIDDEN, FFN = 12, 20
@@ -223,3 +223,32 @@ def test_ties_go_to_the_lowest_index(framework):
 
         scores = jnp.asarray(scores)
     assert np.asarray(module(framework, "moe").top_k(scores, 2)).tolist() == [[0, 1], [1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
+    moe = module(framework, "moe")
+    generator = np.random.default_rng(4)
+    x, router = (generator.standard_normal(shape).astype(np.float32) for shape in ((30, HIDDEN), (4, HIDDEN)))
+
+    def route(bias):
+        operands = [x, router, np.array(bias, np.float32)]
+        if framework == "torch":
+            import torch
+
+            routing = moe.route(*map(torch.from_numpy, operands), CONFIG)
+        else:
+            import jax.numpy as jnp
+
+            routing = moe.route(*map(jnp.asarray, operands), CONFIG)
+        return [np.asarray(part) for part in routing]
+
+    chosen, weights, scores = route([0, 0, 0, 0])
+    same_chosen, same_weights, _ = route([5, 5, 5, 5])
+    np.testing.assert_array_equal(same_chosen, chosen)
+    np.testing.assert_array_equal(same_weights, weights)
+    biased_chosen, biased_weights, biased_scores = route([0, 0, 9, 0])
+    np.testing.assert_array_equal(biased_scores, scores)
+    assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
+    taken = np.take_along_axis(scores, biased_chosen, axis=1)
+    np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
