@@ -167,6 +167,9 @@ def test_generate_refuses_in_one_line(folder, capsys):
     assert captured.out == "" and captured.err.splitlines()[-1].startswith("error: --max-new-tokens 128")
     assert generation.main(["no/such/folder", "--prompt", "x"]) == 2
     assert capsys.readouterr().err == "error: no/such/folder: no such file or folder\n"
+    assert generation.main([str(folder), "--temperatur", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "--temperatur" in captured.err and captured.err.count("\n") == 1
 
 
 def test_both_commands_give_the_same_text(folder, capsys):

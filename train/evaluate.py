@@ -23,7 +23,7 @@ import tyro
 
 from torch_ref.interface import IGNORE, UserError
 from train.corpus import Reader
-from train.inference import DTypeName, Framework, TrainedModel, open_trained
+from train.inference import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 from train.packing import Rows, document_rows
 from train.sources import FileSource
 
@@ -134,8 +134,8 @@ def rows_per_pass(length: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(EvaluateOptions, prog="python -m train.evaluate", args=argv)
     try:
+        options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv)
         sources = [FileSource(pattern, options.text_field) for pattern in options.data]
         model = open_trained(
             options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device

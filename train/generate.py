@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from torch_ref.interface import Sampling, UserError
-from train.inference import DTypeName, Framework, TrainedModel, open_trained
+from train.inference import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,9 @@ def ask(terminal: bool) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(
-        GenerateOptions, prog="python -m train.generate", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-    )
     stream = sys.stdout.isatty()
     try:
+        options = parse_flags(GenerateOptions, "python -m train.generate", argv)
         model = open_trained(
             options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+import tyro
 from jaxtyping import Int32
 
 from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.interface import Sampling, TrainingState, UserError
 from torch_ref.parameters import Parameter, parameter_table
+from train.command_line import first_sentence
 from train.state_sources import Source, locate, open_state
 from train.tokenizer import TextTokenizer, load_tokenizer
 
@@ -72,6 +76,21 @@ def open_trained(
     text.require_fit(state.model_config.vocab_size)
     open_in = {"torch": _open_in_torch, "flax": _open_in_flax}[framework]
     return TrainedModel(state.model_config, text, framework, *open_in(state, dtype, device))
+
+
+Flags = TypeVar("Flags")
+
+
+def parse_flags(options: type[Flags], prog: str, argv: Sequence[str] | None) -> Flags:
+    """A dataclass from the command line. Raises `UserError`; `--help` exits."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"{first_sentence(said.getvalue())}; --help lists the options") from None
+        raise
 
 
 def choose_framework(source: Source, asked: Framework) -> str:
