@@ -146,18 +146,19 @@ LATENT_NORM_EPS = 1e-6
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
-        vocab_size=4096,
-        hidden_size=192,
+        vocab_size=2048,
+        hidden_size=128,
         num_layers=4,
-        num_heads=6,
+        num_heads=4,
         num_kv_heads=2,
-        kv_lora_rank=24,
+        kv_lora_rank=16,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         v_head_dim=32,
-        intermediate_size=256,
-        moe_intermediate_size=256,
+        intermediate_size=128,
+        moe_intermediate_size=128,
         max_position=512,
+        balance_bias_rate=1e-2,  # a run of a thousand steps has no time for 1e-3
     ),
     "small": ModelConfig(
         hidden_size=384,

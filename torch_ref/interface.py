@@ -28,9 +28,9 @@ class UserError(Exception):
 class OptimizerConfig:
     """AdamW with clipping by global norm, and the schedule. The update of one parameter p with gradient g is
 
-        g <- g * min(1, clip / norm)         norm over all gradients; exact, no epsilon
-        m <- b1 m + (1 - b1) g               v <- b2 v + (1 - b2) g^2
-        p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
+    g <- g * min(1, clip / norm)         norm over all gradients; exact, no epsilon
+    m <- b1 m + (1 - b1) g               v <- b2 v + (1 - b2) g^2
+    p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
     """
 
     schedule: Callable[[Any], Any]
