@@ -17,6 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from flax_model.layers import Linear, RMSNorm, Stack, wide
@@ -71,7 +72,7 @@ def _blocked_forward(scale, q, k, v):
         outs.append(_from_kv_head(_products("bkrs,bksd->bkrd", probabilities, v_heads[:, :, :end]), groups))
         normalisers.append(normaliser)
     out = jnp.concatenate(outs, axis=1).astype(q.dtype)
-    return out, (q, k, v, out, normalisers)
+    return out, checkpoint_name((q, k, v, out, normalisers), "attention")
 
 
 def _blocked_backward(scale, saved, upstream):

@@ -2,7 +2,8 @@
 
 Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly.
 Every module takes `stack`, a leading shape for its parameters: () for one layer, (layers,) for the stacked layers
-that `lax.scan` runs through. Twin of `torch_ref/layers.py`.
+that `lax.scan` runs through. Values worth keeping for the backward pass have a name (`checkpoint_name`); whatever lies
+between them is computed again (`model.run_layers`). Twin of `torch_ref/layers.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Stack = tuple[int, ...]
@@ -36,7 +38,9 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs)))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        return x @ self.weight[...].astype(x.dtype).T
+        # As x @ weight.T, but the backward pass then keeps the weight itself, not a transposed copy.
+        weight = self.weight[...].astype(x.dtype)
+        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class RMSNorm(nnx.Module):
@@ -59,4 +63,5 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(ffn, hidden, stack)
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated, raised = checkpoint_name((self.gate_proj(x), self.up_proj(x)), "swiglu")
+        return self.down_proj(jax.nn.silu(gated) * raised)

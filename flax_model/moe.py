@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from flax_model.layers import Stack, SwiGLU, wide
@@ -198,7 +199,7 @@ def _grouped_forward(remat, x, chosen, weights, gate, up, down):
     shapes = (x.shape[1],) if remat else (x.shape[1], gate.shape[1], gate.shape[1])
     carry = tuple(jnp.zeros((rows.shape[0], columns), x.dtype) for columns in shapes)
     out, *products = _each_chunk(compute, put, carry, chunks, sizes)
-    saved = x, weights, chunks, gate, up, down, tuple(products)
+    saved = x, weights, chunks, gate, up, down, checkpoint_name(tuple(products), "experts")
     return out[chunks.inverse].reshape(-1, topk, x.shape[1]).sum(1), saved
 
 
@@ -298,7 +299,8 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     def product(rows, weight):
         return jnp.einsum("bri,boi->bro", rows, jnp.einsum("be,eoi->boi", pick, weight.astype(x.dtype)))
 
-    out = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down).reshape(blocks * BLOCK, -1)
+    gated, raised = checkpoint_name((product(rows, gate), product(rows, up)), "experts")
+    out = product(jax.nn.silu(gated) * raised, down).reshape(blocks * BLOCK, -1)
     per_choice = wide(out[slot].reshape(tokens, topk, -1)) * routing.weights[..., None]
     return per_choice.sum(1).astype(x.dtype)
 
