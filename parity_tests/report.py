@@ -136,7 +136,7 @@ def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[st
             add(ladder.round_trip(CONFIG, dtype, "all parts"))
             add(ladder.modules(CONFIG, dtype))
         add(ladder.run_case(fit(TRACE_CASE.at(dtype)), trace=True, **devices))
-        for case in PAIRWISE_CASES[:2] if quick else PAIRWISE_CASES if dtype == "float64" else FLOAT32_CASES:
+        for case in PAIRWISE_CASES[:2] if quick else PAIRWISE_CASES if dtype == dtypes[0] else FLOAT32_CASES:
             add(ladder.run_case(fit(case.at(dtype)), **devices))
         steps = [
             training.injected_steps(*each) for each in (("torch", dtype, torch_device), ("flax", dtype, jax_platform))

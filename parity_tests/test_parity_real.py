@@ -59,12 +59,12 @@ def test_logits_of_the_whole_smol_774m(capsys):
     graphdef, params, biases = from_values(config, initial_values(config, seed=0))
 
     @jax.jit
-    def forward(params, biases):
+    def forward(params, biases, tokens):
         model = merge(graphdef, params, biases)
         output = model(tokens, FLAX, keep_hidden=True)
         return output.layers, model.logits(output.hidden), output.expert_counts
 
-    layers, logits, flax_counts = jax.device_get(forward(params, biases))
+    layers, logits, flax_counts = jax.device_get(forward(params, biases, tokens))
     errors = [relative_error(got, want) for got, want in zip(layers, expected_layers, strict=True)]
     divergence = ladder.kl_divergence(expected, logits).max()
     with capsys.disabled():
