@@ -24,7 +24,7 @@ from train.warm_experts import balanced_router, upcycled_values
 torch = pytest.importorskip("torch", reason="the warm start fits with torch")
 transformers = pytest.importorskip("transformers", reason="the old model is read with transformers")
 
-from train import warm_start  # noqa: E402
+from train import warm_stages, warm_start  # noqa: E402
 from train.warm_teacher import check_shape, check_tokenizer  # noqa: E402
 
 THETA = 10000.0
@@ -252,8 +252,8 @@ def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tm
             raise KeyboardInterrupt
         return fit_attention(*positional)
 
-    fit_attention = warm_start.fit_attention
-    monkeypatch.setattr(warm_start, "fit_attention", fit)
+    fit_attention = warm_stages.fit_attention
+    monkeypatch.setattr(warm_stages, "fit_attention", fit)
     with pytest.raises(KeyboardInterrupt):
         warm_start.main(arguments)
     assert not out.exists()
@@ -406,7 +406,7 @@ def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(warm_start, "fit_attention", interrupt)
+    monkeypatch.setattr(warm_stages, "fit_attention", interrupt)
     arguments = arguments_for(teacher, tmp_path / "model")
     with pytest.raises(KeyboardInterrupt):
         warm_start.main(arguments)
