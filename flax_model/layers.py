@@ -38,8 +38,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs)))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        # As x @ weight.T, but the backward pass then keeps the weight itself, not a transposed copy.
         weight = self.weight[...].astype(x.dtype)
+        if x.ndim == 2:  # decoding: XLA's CPU backend then reads a slice of stacked weights in place (`generate.py`)
+            return x @ weight.T
+        # As x @ weight.T, but the backward pass then keeps the weight itself, not a transposed copy.
         return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
