@@ -14,9 +14,10 @@ import pytest
 
 from parity_tests.fakes import FakeBackend, FakeData, small_options
 from torch_ref.interface import IGNORE, UserError
-from train.loop import COMPLETE, FAILED, Progress, Run, fixed_size_parts
+from train.loop import COMPLETE, FAILED, Run, fixed_size_parts
 from train.options import Options
 from train.overview import disk_estimate
+from train.progress import Progress
 from train.runlog import read_metrics
 
 

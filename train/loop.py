@@ -23,7 +23,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from train.options import Options, trajectory_differences
 from train.overview import overview
 from train.packing import Batch, Data
 from train.plot import plot_runs
+from train.progress import Progress
 from train.runlog import RULE, RunLog, step_line
 from train.signals import StopSignals
 from train.state_sources import load_checkpoint, read_start
@@ -43,34 +43,6 @@ FINAL_WEIGHTS = "deepseek_final"
 
 COMPLETE, FAILED = 0, 2
 """Exit codes; a signal adds its number to 128: Ctrl-C 130, SIGTERM 143."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, besides the backend's state: stored in every checkpoint."""
-
-    cursor: dict | None = None
-    """Position in the data after the last batch trained on; None is the start."""
-    tokens_seen: int = 0
-    loss: float | None = None
-    """Of the last step, nats per token."""
-    skipped_steps: int = 0
-    """Steps without an update since the start of the run."""
-    skipped_in_a_row: int = 0
-    best_loss: float | None = None
-    """Lowest validation loss, nats per token."""
-    best_step: int = 0
-    stale_validations: int = 0
-    """Validations since the best one."""
-
-    def validated(self, step: int, loss: float, min_delta: float) -> bool:
-        """Take note of a validation loss; True if it is the best. NaN never is."""
-        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - min_delta)
-        if better:
-            self.best_loss, self.best_step, self.stale_validations = loss, step, 0
-        else:
-            self.stale_validations += 1
-        return better
 
 
 class Run:

@@ -1,0 +1,34 @@
+"""Where a run stands, besides the backend's own state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Stored in every checkpoint, so that a resumed run goes on exactly where it was."""
+
+    cursor: dict | None = None
+    """Position in the data after the last batch trained on; None is the start."""
+    tokens_seen: int = 0
+    loss: float | None = None
+    """Of the last step, nats per token."""
+    skipped_steps: int = 0
+    """Steps without an update since the start of the run."""
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    """Lowest validation loss, nats per token."""
+    best_step: int = 0
+    stale_validations: int = 0
+    """Validations since the best one."""
+
+    def validated(self, step: int, loss: float, min_delta: float) -> bool:
+        """Take note of a validation loss; True if it is the best. NaN never is."""
+        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - min_delta)
+        if better:
+            self.best_loss, self.best_step, self.stale_validations = loss, step, 0
+        else:
+            self.stale_validations += 1
+        return better
