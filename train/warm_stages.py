@@ -106,7 +106,7 @@ class Stages:
             converted, fitted = self.layers(rows[: options.fit_rows])
         model = Model(self.dense)
         for stage, attention in (("converted", converted), ("fitted", fitted)):
-            if stage == "converted" or options.fit_steps:
+            if attention[0] is not None:
                 model.load_values(dense_values(self.dense, self.teacher, attention))
                 self.measure(stage, texts, self.hidden_of(model), model.embed_tokens.weight)
         if options.distill_steps:
@@ -175,7 +175,7 @@ class Stages:
     # Stages
 
     def layers(self, rows: Int32[np.ndarray, "rows seq"]) -> tuple[list[LayerWeights], list[LayerWeights]]:
-        """Every layer's attention, converted and fitted, on the old model's own activations."""
+        """Every layer's attention, converted and fitted (if it is), on the old model's own activations."""
         import torch
 
         options, teacher = self.options, self.teacher
@@ -183,25 +183,23 @@ class Stages:
         hidden = teacher.embedding[torch.from_numpy(np.concatenate([check, rows])).long()]
         rotation = teacher.rotation(rows.shape[1])
         settings = AdamWSettings(options.fit_steps, options.fit_batch, options.fit_learning_rate)
-        converted, fitted = [], []
+        count = len(teacher.layers)
+        missing = [index for index in range(count) if not self.work.has_layer(index)]
         with _progress(self.console) as progress, torch.no_grad():
-            bar = progress.add_task("attention layers", total=len(teacher.layers) * (options.fit_steps + 1))
-            for index, layer in enumerate(teacher.layers):
+            bar = progress.add_task("attention layers", total=count * (options.fit_steps + 1))
+            for index in range(max(missing, default=-1) + 1):
+                layer = teacher.layers[index]
                 x = teacher.normed(hidden, layer.input_norm)
                 wanted = torch.cat([teacher.attention(index, part, rotation) for part in x.split(FORWARD_ROWS)])
-                done = self.work.layer(index)
-                if done is None:
+                if index in missing:
                     done = self.one_layer(index, x, wanted, settings, lambda: progress.advance(bar))
                     self.work.save_layer(index, *done)
                 progress.update(bar, completed=(index + 1) * (options.fit_steps + 1))
-                stages, facts = done
-                converted.append(stages["converted"])
-                fitted.append(stages.get("fitted", stages["converted"]))
-                self.report["layers"].append(facts)
                 hidden += wanted
                 for part in hidden.split(FORWARD_ROWS):
                     part += teacher.mlp(index, teacher.normed(part, layer.post_attention_norm))
-        return converted, fitted
+        weights, self.report["layers"] = zip(*map(self.work.layer, range(count)), strict=True)
+        return [stages["converted"] for stages in weights], [stages.get("fitted") for stages in weights]
 
     def one_layer(
         self,

@@ -32,11 +32,12 @@ class Work:
             if value != identity.get(name):
                 raise UserError(f"{self.folder}: from a warm start of other {name}; delete that folder")
 
-    def layer(self, layer: int) -> tuple[dict[str, dict[str, np.ndarray]], dict] | None:
-        """Weights by stage and measurements of a layer, if it is done."""
+    def has_layer(self, layer: int) -> bool:
+        return self._files(layer)[1].exists()
+
+    def layer(self, layer: int) -> tuple[dict[str, dict[str, np.ndarray]], dict]:
+        """Weights by stage and measurements of a layer that is done."""
         tensors, facts = self._files(layer)
-        if not facts.exists():
-            return None
         stages: dict[str, dict[str, np.ndarray]] = {}
         for name, value in TensorReader(tensors).items():
             stage, _, tensor = name.partition(".")
