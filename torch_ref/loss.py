@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from torch_ref.interface import IGNORE
-from torch_ref.layers import wide
+from torch_ref.layers import for_product, wide
 
 
 def cross_entropy_plain(
@@ -29,7 +29,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, embedding, targets, chunk):
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        weight = embedding.to(hidden.dtype)
+        weight = for_product(embedding.to(hidden.dtype))
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         if needs_gradient:
             hidden_gradient = torch.empty_like(hidden)
@@ -39,19 +39,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[part].long()
             scored = target != IGNORE
             column = target.clamp(min=0)[:, None]
-            logits = wide(hidden[part] @ weight.T)
+            rows = for_product(hidden[part])
+            logits = wide((rows @ weight.T).to(hidden.dtype))
             normaliser = logits.logsumexp(-1)
             total += torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()
             if needs_gradient:  # d loss / d logits = softmax - one-hot, and zero where nothing is scored
                 gradient = logits.sub_(normaliser[:, None]).exp_()
                 gradient.scatter_add_(1, column, -torch.ones_like(column, dtype=gradient.dtype))
                 gradient.mul_(scored[:, None])
-                gradient = gradient.to(hidden.dtype)
+                gradient = for_product(gradient.to(hidden.dtype))
                 hidden_gradient[part] = gradient @ weight
-                if embedding.dtype == hidden.dtype:
-                    embedding_gradient.addmm_(gradient.T, hidden[part])
+                if embedding.dtype == gradient.dtype:
+                    embedding_gradient.addmm_(gradient.T, rows)
                 else:
-                    embedding_gradient += (gradient.T @ hidden[part]).to(embedding.dtype)
+                    embedding_gradient += (gradient.T @ rows).to(embedding.dtype)
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient, embedding_gradient)
         return total

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ref.config import ModelConfig
-from torch_ref.layers import SwiGLU, wide
+from torch_ref.layers import SwiGLU, for_product, product, wide
 
 BLOCK = 64
 """Rows of one block of the `blocks` path."""
@@ -181,7 +181,7 @@ def grouped_product(
 ) -> Float[Tensor, "rows outputs"]:
     """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]; without `ends`, for the only expert."""
     weight = weight.to(rows.dtype)
-    return rows @ weight[0].T if ends is None else F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    return product(rows, weight[0].T) if ends is None else F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
 def grouped_outer(
@@ -196,7 +196,7 @@ def grouped_outer(
     elif out.dtype == left.dtype:
         torch.mm(left.T, right, out=out[0])
     else:
-        out[0] = left.T @ right
+        out[0] = for_product(left).T @ for_product(right)
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
@@ -224,11 +224,11 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Te
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
     pick = (expert_of_block[:, None] == torch.arange(experts, device=x.device)).to(x.dtype)
 
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
+    def blockwise(rows: Tensor, weight: Tensor) -> Tensor:
         chosen = (pick @ weight.to(x.dtype).flatten(1)).unflatten(1, weight.shape[1:])
         return rows @ chosen.transpose(1, 2)
 
-    out = product(F.silu(product(rows, gate)) * product(rows, up), down).flatten(0, 1)
+    out = blockwise(F.silu(blockwise(rows, gate)) * blockwise(rows, up), down).flatten(0, 1)
     per_choice = wide(out[slot].unflatten(0, (tokens, topk))) * routing.weights.unsqueeze(-1)
     return per_choice.sum(1).to(x.dtype)
 
