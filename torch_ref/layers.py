@@ -31,7 +31,9 @@ def for_product(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.float() if x.dtype == torch.bfloat16 and x.is_cpu and not HALF_PRODUCTS_ON_CPU else x
 
 
-def product(a: Float[Tensor, "*batch rows inner"], b: Float[Tensor, "*batch inner columns"]) -> Tensor:
+def product(
+    a: Float[Tensor, "*batch rows inner"], b: Float[Tensor, "inner columns"]
+) -> Float[Tensor, "*batch rows columns"]:
     """a @ b, in the dtype of `a`. Few rows, as in decoding, cost what reading `b` costs: it stays as it is."""
     return a @ b if a.shape[-2] < FEW_ROWS else (for_product(a) @ for_product(b)).to(a.dtype)
 
