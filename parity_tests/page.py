@@ -242,12 +242,14 @@ def _training(report: Report) -> str:
         return ""
     series, levels = [], []
     for dtype, run in report.divergences.items():
-        series.append(Line(dtype, SERIES[dtype], run.difference))
+        series.append(Line(dtype, SERIES[dtype], np.maximum.accumulate(run.difference)))
         levels.append(Level(f"bound {dtype} {number(run.bound)}", SERIES[dtype], run.bound))
         if run.floor is not None:
-            series.append(Line("chaos floor, float32", "floor", np.median(run.floor, axis=0)))
+            series.append(
+                Line("chaos floor, float32", "floor", np.median(np.maximum.accumulate(run.floor, axis=1), axis=0))
+            )
     divergence = charts.log_lines(
-        series, levels, "Loss of torch minus loss of Flax, nats, at every step", "optimizer step", floor=1e-16
+        series, levels, "Largest loss difference of torch and Flax so far, nats", "optimizer step", floor=1e-16
     )
     dtype, run = next(iter(report.divergences.items()))
     curve = charts.lines(
