@@ -431,6 +431,7 @@ def test_a_process_ends_at_once_after_a_half_read_stream(kind, ending, make_data
     data = make_data(kind, texts=make_texts(2000))
     code = f"""
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 from pathlib import Path
 from parity_tests.test_corpus import streamed
 from train.packing import DataOptions, open_data
