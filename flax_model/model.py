@@ -137,13 +137,13 @@ Tree = dict
 """Nested dict of arrays, with the paths of `parameters.flax_path`."""
 
 
-def split(model: Model) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """A model's structure, its parameters and its balance biases."""
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """The structure, the parameters and the balance biases of a model, or of one of its modules."""
     graphdef, params, biases = nnx.split(model, nnx.Param, BalanceBias)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
 
-def merge(graphdef: nnx.GraphDef, params: Tree, biases: Tree) -> Model:
+def merge(graphdef: nnx.GraphDef, params: Tree, biases: Tree) -> nnx.Module:
     """The inverse of `split`; free inside a jitted function."""
     return nnx.merge(graphdef, params, biases)
 
