@@ -158,7 +158,6 @@ PRESETS: dict[str, ModelConfig] = {
         intermediate_size=128,
         moe_intermediate_size=128,
         max_position=512,
-        balance_bias_rate=1e-2,  # a run of a thousand steps has no time for 1e-3
     ),
     "small": ModelConfig(
         hidden_size=384,

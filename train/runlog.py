@@ -229,8 +229,11 @@ def _finite(value: Any) -> Any:
 def _tensorboard(run_dir: Path, step: int) -> Any:
     from tensorboardX import SummaryWriter
 
-    # Events after the resumed step are marked void.
-    return SummaryWriter(str(run_dir / BOARD), purge_step=step + 1 if step else None)
+    # Events after the resumed step are marked void. A file's name has its second: without the step in it, a run resumed
+    # within one would write over what it goes on from.
+    return SummaryWriter(
+        str(run_dir / BOARD), purge_step=step + 1 if step else None, filename_suffix=f".from_step_{step}"
+    )
 
 
 def _wandb(run_dir: Path, options: Options) -> Any:
