@@ -6,6 +6,7 @@ start: that is how `datasets` does it, and costs some time with large shards. Lo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,3 +109,6 @@ class HubStream:
     def close(self) -> None:
         self._examples.close()
         del self._examples, self._dataset
+        # A half-read parquet scanner is held by reference cycles, and its threads must end before the interpreter does,
+        # or they abort it: https://github.com/huggingface/datasets/issues/7566.
+        gc.collect()
