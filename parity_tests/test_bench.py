@@ -2,13 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from torch_ref.config import PRESETS
 from torch_ref.interface import UserError
 from train import bench
-from train.bench_cases import Case, flops_per_token
+from train.bench_cases import Case, bytes_per_token, flops_per_token
 
 FIELDS = {"system", "task", "preset", "dtype", "seq_len", "experts", "value", "unit", "peak_memory_gb"}
 
@@ -37,6 +39,15 @@ def test_sweep_varies_one_thing_at_a_time():
     for field, values in bench.SWEEP.items():
         assert {getattr(case, field) for case in cases} == {*values}
     assert len(cases) == len(set(cases))
+
+
+def test_memory_takes_every_precision_and_rematerialisation():
+    cases = [case for case in plan("--only", "memory").cases() if case.system != "ceiling"]
+    assert {(case.dtype, case.remat, case.system) for case in cases} == set(
+        product(("float32", "bfloat16", "float64"), ("off", "experts", "layers"), ("flax", "torch_ref"))
+    )
+    assert {case.tokens for case in cases} == {2048} and {case.preset for case in cases} == {"small"}
+    assert {case.dtype for case in plan("--only", "memory", "--dtype", "float32").cases()} == {"float32"}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +91,28 @@ def test_fraction_of_the_fastest_product_of_the_same_precision():
     assert rows[-1]["fraction_of_ceiling"] == pytest.approx(0.5)
 
 
+def test_decoding_is_a_fraction_of_reading_memory():
+    case = Case("flax", ("decode",), "smol-774m", "float32", 64, 8)
+    # 296.3 M active weights, and 112 values of cache for each of 64 tokens in 30 layers, of four bytes.
+    assert bytes_per_token(case) == pytest.approx(4 * (296.3e6 + 64 * 30 * 112), rel=1e-3)
+    assert bytes_per_token(replace(case, dtype="bfloat16")) == bytes_per_token(case) / 2
+    rows = bench.with_fractions(
+        [
+            row("ceiling", "read (torch)", 18.0, "GB/s"),
+            row("ceiling", "read (jax)", 20.0, "GB/s"),
+            row("ceiling", "matmul (jax)", 1.0, "GFLOP/s"),
+            row("flax", "decode", 10.0, "tokens/s", bytes_per_token=1e9),
+        ]
+    )
+    assert rows[-1]["fraction_of_bandwidth"] == pytest.approx(0.5) and "fraction_of_ceiling" not in rows[-1]
+    assert "50% of bandwidth" in bench.table(rows)
+
+
+def test_generation_is_measured_without_an_optimizer():
+    parts = {case.tasks for case in plan().cases() if case.system == "flax"}
+    assert {("prefill", "decode")} <= parts and all("decode" not in tasks or "step" not in tasks for tasks in parts)
+
+
 def test_table_puts_systems_side_by_side():
     text = bench.table(
         [
@@ -116,13 +149,17 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("torch", reason="torch is not installed")
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     path = tmp_path / "rows.json"
-    arguments = "--quick --systems torch_ref --only gradient,step,prefill,decode,checkpoint --seq-len 64 --repeats 1"
+    arguments = (
+        "--quick --systems torch_ref --only gradient,step,startup,prefill,decode,checkpoint --seq-len 64 --repeats 1"
+    )
     assert bench.main([*arguments.split(), "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
     assert all(FIELDS <= set(row) for row in rows)
     ours = {(row["task"], row["remat"]): row for row in rows if row["system"] == "torch_ref"}
     assert {task for task, _ in ours} == set("gradient step startup compile prefill decode save restore".split())
     assert 0 < ours["step", "off"]["fraction_of_ceiling"] < 1
+    decoded = [(row["seq_len"], row["micro_batch"]) for row in rows if row["task"] == "decode"]
+    assert decoded == [(48, 1), (16, 1), (16, 8)]
     assert 0.05 < ours["step", "off"]["peak_memory_gb"] < 4
     assert ours["step", "off"]["value"] > 0 and PRESETS["tiny"].n_routed_experts == ours["step", "off"]["experts"]
     assert "| step | tiny | float32 | 64 | 8 | 1 |" in capsys.readouterr().out

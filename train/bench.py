@@ -3,10 +3,12 @@
     python -m train.bench --quick                          under two minutes, the tiny model
     python -m train.bench --only step --json rows.json     whole train steps of smol-774m
     python -m train.bench --only sweep --plot sweep.png    lengths, experts, micro-batches
+    python -m train.bench --only memory                    precision and rematerialisation, speed against memory
 
 Every system is measured in a process of its own, one after the other: a first call that warms up, then the median.
 Throughput is also shown as a fraction of the fastest large matrix product that either framework reached in the same
-run, in the same precision. FLOPs are the model's: recomputation is not counted.
+run, in the same precision; decoding as a fraction of the fastest reading of memory. FLOPs are the model's:
+recomputation is not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from torch_ref.config import PRESETS
@@ -26,7 +29,7 @@ from torch_ref.interface import UserError
 from torch_ref.memory import host_memory_available
 from train.bench_cases import Case, to_json
 
-TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "sweep")
+TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "memory", "sweep")
 SYSTEMS = ("flax", "torch_ref", "transformers")
 DTYPES = ("float32", "bfloat16")
 SWEEP = {"seq_len": (256, 512, 1024, 2048), "experts": (4, 8, 16, 32), "micro_batch": (1, 2, 4), "accumulation": (1, 4)}
@@ -50,23 +53,34 @@ class Plan:
 
     def cases(self) -> list[Case]:
         """Every process to start, in order: the limits first."""
-        tasks = tuple(task for task in self.tasks if task != "sweep")
+        tasks = without(self.tasks, "memory", "sweep")
         cases = []
         for dtype in self.dtypes:
             base = Case("", tasks, self.preset, dtype, self.seq_len, self.experts, repeats=self.repeats)
-            base = replace(base, device=self.device, new_tokens=min(32, self.seq_len // 4))
+            base = replace(base, device=self.device, new_tokens=min(32, max(2, self.seq_len // 8)))
             # Which text is tokenised does not depend on the precision, nor do files much: once is enough.
             once = base if dtype == self.dtypes[0] else replace(base, tasks=without(tasks, "input", "checkpoint"))
             cases.append(replace(once, system="ceiling"))
-            if not tasks:
-                continue
-            cases += [replace(once, system=system) for system in self.systems if once.tasks]
+            # Generation has processes of its own, without an optimizer's state.
+            parts = (without(once.tasks, "prefill", "decode"), tuple(t for t in tasks if t in ("prefill", "decode")))
+            cases += [replace(once, tasks=part, system=system) for part in parts if part for system in self.systems]
             if "step" in tasks:
                 lean = replace(base, tasks=("step",), remat="experts")
                 cases += [replace(lean, system=system) for system in self.systems if system != "transformers"]
+        if "memory" in self.tasks:
+            cases += self.memory()
         if "sweep" in self.tasks:
             cases += self.sweep(self.dtypes[0])
         return cases
+
+    def memory(self) -> list[Case]:
+        """Whole steps of 2048 tokens of the sweep's model, in every precision and with every rematerialisation."""
+        length = min(512, PRESETS[self.sweep_preset].max_position)
+        start = Case("", ("step",), self.sweep_preset, "", length, 8, micro_batch=2048 // length)
+        start = replace(start, repeats=self.repeats, device=self.device)
+        dtypes = self.dtypes if self.dtypes != DTYPES else (*DTYPES, "float64")
+        choices = product(dtypes, ("off", "experts", "layers"), without(self.systems, "transformers"))
+        return [replace(start, dtype=dtype, remat=remat, system=system) for dtype, remat, system in choices]
 
     def sweep(self, dtype: str) -> list[Case]:
         start = Case("", ("gradient",), self.sweep_preset, dtype, 256 if self.quick else 1024, 8)
@@ -88,7 +102,7 @@ def without(tasks: tuple[str, ...], *left_out: str) -> tuple[str, ...]:
 def run_case(case: Case) -> list[dict]:
     """Rows of one process. One that fails (too little memory, a framework not installed) gives a line on standard
     error, and the rows it had measured by then."""
-    command = [sys.executable, "-m", "train.bench_cases", to_json(replace(case, spawned=time.time()))]
+    command = [sys.executable, "-m", "train.bench_worker", to_json(replace(case, spawned=time.time()))]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "true"})
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}; out of memory?"])[-1]
@@ -97,17 +111,22 @@ def run_case(case: Case) -> list[dict]:
 
 
 def with_fractions(rows: Iterable[dict]) -> list[dict]:
-    """Throughput as a fraction of the fastest matrix product of the run in the same dtype: `fraction_of_ceiling`."""
+    """Throughput as a fraction of what the run's limits allow: `fraction_of_ceiling` of the fastest matrix product in
+    the same dtype, `fraction_of_bandwidth` of the fastest reading of memory."""
     rows = list(rows)
     for row in rows:
-        flops = row.pop("flops_per_token", None)
-        limits = [
-            other["value"]
-            for other in rows
-            if other["system"] == "ceiling" and other["unit"] == "GFLOP/s" and other["dtype"] == row["dtype"]
-        ]
-        if flops and limits:
-            row["fraction_of_ceiling"] = row["value"] * flops / 1e9 / max(limits)
+        for work, unit, name in (
+            ("flops_per_token", "GFLOP/s", "fraction_of_ceiling"),
+            ("bytes_per_token", "GB/s", "fraction_of_bandwidth"),
+        ):
+            amount = row.pop(work, None)
+            limits = [
+                other["value"]
+                for other in rows
+                if other["system"] == "ceiling" and other["unit"] == unit and other["dtype"] == row["dtype"]
+            ]
+            if amount and limits:
+                row[name] = row["value"] * amount / 1e9 / max(limits)
     return rows
 
 
@@ -137,6 +156,8 @@ def cell(row: dict | None, other: dict | None) -> str:
         parts.append(f"{value / other['value'] if unit != 's' else other['value'] / value:.2f}x")
     if "fraction_of_ceiling" in row:
         parts.append(f"{row['fraction_of_ceiling']:.0%} of ceiling")
+    if "fraction_of_bandwidth" in row:
+        parts.append(f"{row['fraction_of_bandwidth']:.0%} of bandwidth")
     if row["peak_memory_gb"] is not None and row["task"] in ("gradient", "step"):
         parts.append(f"{row['peak_memory_gb']:.1f} GiB")
     return ", ".join(parts)
@@ -194,7 +215,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--only", help=f"tasks, separated by commas, of {', '.join(TASKS)} (default: all)")
     parser.add_argument("--systems", help=f"of {', '.join(SYSTEMS)} (default: all)")
     parser.add_argument("--preset", choices=PRESETS, help="model (default: smol-774m; tiny with --quick)")
-    parser.add_argument("--sweep-preset", choices=PRESETS, help="model of the sweep (default: small, or tiny)")
+    parser.add_argument("--sweep-preset", choices=PRESETS, help="model of sweep and memory (default: small, or tiny)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both; float32 with --quick")
     parser.add_argument("--seq-len", type=int, help="tokens a row (default: the model's context)")
     parser.add_argument("--experts", type=int, help="routed experts (default: the model's)")
@@ -213,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     if experts < config.num_experts_per_tok:
         raise UserError(f"--experts {experts}: {preset} chooses {config.num_experts_per_tok} of them for a token")
     plan = Plan(
-        tasks=names("--only", args.only, TASKS if not args.quick else without(TASKS, "sweep")),
+        tasks=names("--only", args.only, TASKS if not args.quick else without(TASKS, "memory", "sweep")),
         systems=names("--systems", args.systems, SYSTEMS),
         preset=preset,
         dtypes=(args.dtype,) if args.dtype else (DTYPES[:1] if args.quick else DTYPES),

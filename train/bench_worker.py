@@ -1,0 +1,219 @@
+"""One process of `train/bench.py`: measures one system, so that neither memory nor threads nor compiled code of one
+meet another's. `python -m train.bench_worker CASE` writes one line of JSON per measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from train.bench_cases import Case, bytes_per_token, flops_per_token, labels
+from train.bench_systems import SYSTEMS, Transformers, clocked
+
+GIB = 2**30
+READ_BYTES = 2**29
+"""Far more than caches hold."""
+
+
+def measure(case: Case) -> Iterator[dict]:
+    """Rows of one process's tasks, in an order in which none disturbs the next."""
+    if case.system == "ceiling":
+        yield from ceilings(case)
+        return
+    peak = Peak()
+    system = SYSTEMS[case.system](case)
+    peak.of = system.device_peak
+    ready = time.time() - case.spawned
+
+    def row(task: str, value: float, unit: str, **more: Any) -> dict:
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": peak.read(), **more}
+
+    if "gradient" in case.tasks:
+        if isinstance(system, Transformers):
+            system._choose()
+        peak.reset()
+        _, seconds = clocked(system.gradient(), case.repeats)
+        rate = case.micro_batch * case.seq_len / seconds
+        yield row("gradient", rate, "tokens/s", flops_per_token=flops_per_token(case))
+    if "step" in case.tasks or "startup" in case.tasks:
+        before = time.time()
+        run = system.step()
+        peak.reset()
+        first, seconds = clocked(run, case.repeats)
+        if "step" in case.tasks:
+            rate = case.tokens / seconds
+            yield row("step", rate, "tokens/s", flops_per_token=flops_per_token(case), **chosen(system))
+        if "startup" in case.tasks:
+            yield row("startup", ready + time.time() - before - case.repeats * seconds, "s")
+            yield row("compile", max(first - seconds, 0.0), "s")
+    if "checkpoint" in case.tasks:
+        if "step" not in case.tasks:
+            system.step()()  # moments exist
+        with tempfile.TemporaryDirectory() as folder:
+            peak.reset()
+            start = time.perf_counter()
+            path = system.save(Path(folder))
+            yield row("save", time.perf_counter() - start, "s")
+            peak.reset()
+            start = time.perf_counter()
+            system.restore(path)
+            yield row("restore", time.perf_counter() - start, "s")
+    if "input" in case.tasks and case.system != "transformers":
+        yield row("input", input_rate(case), "tokens/s")
+    if "decode" in case.tasks or "prefill" in case.tasks:
+        long, short = case.seq_len - 2 * case.new_tokens, min(64, case.seq_len // 4)
+        for length, batch in ((long, 1), (short, 1), (short, 8)):
+            at = replace(case, seq_len=length, micro_batch=batch)
+            peak.reset()
+            first, each = generation(at, system)
+            more = {"seq_len": length, "micro_batch": batch}
+            if length == long and "prefill" in case.tasks:
+                yield row("prefill", length / first, "tokens/s", flops_per_token=flops_per_token(at, False), **more)
+            if "decode" in case.tasks:
+                floor = {"bytes_per_token": bytes_per_token(at)} if batch == 1 else {}
+                yield row("decode", batch / each, "tokens/s", **floor, **more)
+
+
+def generation(case: Case, system: Any) -> tuple[float, float]:
+    """Seconds to the first token after prompts of `seq_len`, and seconds of each further one: medians of `repeats`
+    texts after a first."""
+    prompts = case.rows()[0].tolist()
+    first, each = [], []
+    for _ in range(1 + case.repeats):
+        times = [time.perf_counter()]
+        system.generate(prompts, case.new_tokens, lambda _, times=times: times.append(time.perf_counter()))
+        between = [after - before for before, after in pairwise(times)]
+        first.append(between[0])
+        each.append(statistics.median(between[1:]))
+    return statistics.median(first[1:]), statistics.median(each[1:])
+
+
+def chosen(system: Any) -> dict:
+    return {"experts_implementation": system.implementation} if isinstance(system, Transformers) else {}
+
+
+class Peak:
+    """Peak memory between `reset` and `read`, in GiB: the device's if it has its own, else the process's."""
+
+    def __init__(self) -> None:
+        self.of: Callable[[], int | None] = lambda: None
+
+    def reset(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # not Linux: the peak of the process's whole life is read
+
+    def read(self) -> float:
+        device = self.of()
+        if device is not None:
+            return device / GIB
+        try:
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            return int(fields["VmHWM"].split()[0]) * 1024 / GIB
+        except (OSError, KeyError):
+            import resource
+
+            scale = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
+
+
+def ceilings(case: Case) -> Iterator[dict]:
+    """The machine's limits: one large matrix product and reading memory in each framework, the bare tokenizer."""
+
+    def row(task: str, value: float, unit: str) -> dict:
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": None}
+
+    size = 2048 if case.repeats < 3 else 4096
+    for framework in ("torch", "jax"):
+        try:
+            multiply, read = {"torch": limits_in_torch, "jax": limits_in_jax}[framework](case, size)
+        except ImportError:
+            continue
+        _, seconds = clocked(multiply, 2 * case.repeats + 1)
+        yield row(f"matmul ({framework})", 2 * size**3 / seconds / 1e9, "GFLOP/s")
+        _, seconds = clocked(read, 2 * case.repeats + 1)
+        yield row(f"read ({framework})", READ_BYTES / seconds / 1e9, "GB/s")
+    if "input" in case.tasks:
+        yield row("input", bare_tokenizer_rate(case), "tokens/s")
+
+
+def limits_in_torch(case: Case, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """One large product, and a sum over `READ_BYTES` of memory."""
+    import torch
+
+    from torch_ref.device import resolve_device
+
+    device = resolve_device(case.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a = torch.ones(size, size, dtype=getattr(torch, case.dtype), device=device)
+    memory = torch.ones(READ_BYTES // 4, device=device)
+    return lambda: (torch.mm(a, a), wait()), lambda: (memory.sum(), wait())
+
+
+def limits_in_jax(case: Case, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The same in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    a, memory = jnp.ones((size, size), case.dtype), jnp.ones(READ_BYTES // 4)
+    multiply, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    return lambda: jax.block_until_ready(multiply(a, a)), lambda: jax.block_until_ready(total(memory))
+
+
+def input_options(case: Case, folder: str) -> Any:
+    from train.packing import DataOptions
+
+    vocab = case.config.vocab_size
+    return DataOptions("python-docs", tokenizer="bpe", vocab_size=min(vocab, 8192), seq_len=case.seq_len)
+
+
+def input_rate(case: Case) -> float:
+    """Tokens a second that tokenising and packing deliver, through the thread that feeds the loop."""
+    from train.packing import open_data
+
+    with tempfile.TemporaryDirectory() as folder:
+        batches = open_data(input_options(case, folder), Path(folder)).batches()
+        next(batches)
+        start, tokens = time.perf_counter(), 0
+        for batch in batches:
+            tokens += batch.inputs.size
+            if batch.cursor["epoch"] or time.perf_counter() - start > 10:
+                break
+        seconds = time.perf_counter() - start
+        batches.close()
+    return tokens / seconds
+
+
+def bare_tokenizer_rate(case: Case) -> float:
+    """Tokens a second of the tokenizer alone on the same text, in one batch."""
+    from train.packing import open_data
+    from train.sources import python_documents
+
+    texts = [text for _, text in python_documents()]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = open_data(input_options(case, folder), Path(folder)).tokenizer
+        tokenizer.encode_batch(texts[:8])
+        start = time.perf_counter()
+        tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+        return tokens / (time.perf_counter() - start)
+
+
+def worker(text: str) -> None:
+    """Measure the case written in `text`; every row is one line of JSON on standard output."""
+    fields = json.loads(text)
+    case = Case(**{**fields, "tasks": tuple(fields["tasks"])})
+    for row in measure(case):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
