@@ -263,7 +263,8 @@ def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tm
         np.testing.assert_array_equal(value, import_folder(warm)[1][row.name], err_msg=row.name)
 
 
-def test_the_distillations_gradient_is_that_of_the_divergence():
+@pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
+def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     from train.warm_fit import _divergence
 
     generator = torch.Generator().manual_seed(0)
@@ -272,10 +273,13 @@ def test_the_distillations_gradient_is_that_of_the_divergence():
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     hidden, wanted, ours, theirs = draw(2, 300, 8).requires_grad_(), draw(2, 300, 8), draw(40, 8), draw(40, 8)
-    log_p = (wanted @ theirs.T).log_softmax(-1)
-    expected = (log_p.exp() * (log_p - (hidden @ ours.T).log_softmax(-1))).sum(-1).mean()
+    following = torch.randint(40, (2, 300), generator=generator)
+    text = torch.nn.functional.one_hot(following, 40).double()
+    target = (1 - text_weight) * (wanted @ theirs.T).softmax(-1) + text_weight * text
+    log_q = (hidden @ ours.T).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, target, reduction="none").sum(-1).mean()
     expected.backward()
-    divergence, gradient = _divergence(hidden.detach(), ours, wanted, theirs)
+    divergence, gradient = _divergence(hidden.detach(), ours, wanted, theirs, following, text_weight)
     assert divergence == pytest.approx(expected.item(), rel=1e-12)
     assert largest_error(gradient.numpy(), hidden.grad.numpy()) < 1e-12
 

@@ -40,11 +40,22 @@ class AdamWSettings(NamedTuple):
     learning_rate: float
 
 
-def learning_rate(step: int, settings: AdamWSettings) -> float:
-    warmup = max(1, round(WARMUP_SHARE * settings.steps))
+class Distillation(NamedTuple):
+    """How the dense model is trained as a whole."""
+
+    adamw: AdamWSettings
+    mlp_learning_rate: float = 0.0
+    """0 leaves MLPs as they are."""
+    text_weight: float = 0.0
+    """The target distribution of a token is the teacher's times 1 - `text_weight`, and that much on the next token."""
+
+
+def share_of_peak(step: int, steps: int) -> float:
+    """The learning rate of a step over its peak."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(settings.steps - warmup, 1)))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def calibrate(teacher: Teacher, layer: int, x: Float[Tensor, "batch seq hidden"]) -> Calibration:
@@ -92,7 +103,7 @@ def fit_attention(
     scale = wanted.square().mean()
     for step, rows in zip(range(settings.steps), _shuffled_rows(len(x), settings.batch, seed), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = settings.learning_rate * share_of_peak(step, settings.steps)
         loss = (attention(x[rows], rope, "sdpa") - wanted[rows]).square().mean() / scale
         optimizer.zero_grad()
         loss.backward()
@@ -174,39 +185,53 @@ def dense_values(
 def distill(
     model: Model,
     teacher: Teacher,
-    rows: Int[np.ndarray, "rows seq"],
-    settings: AdamWSettings,
+    rows: Rows,
+    settings: Distillation,
     compute: ComputeConfig,
     saved: Path,
     stepped: Callable[[float], None] = lambda divergence: None,
 ) -> list[float]:
-    """Train the attention and the norms of a dense model so that its predictions become the teacher's. Returns the
-    mean over tokens of KL(teacher || model) before each step, in nats; `stepped` gets it too. Rows are taken in order.
+    """Train a dense model so that its predictions become the teacher's, or (by `text_weight`) the text's. Returns the
+    mean over tokens of KL(targets || model) before each step, in nats; `stepped` gets it too. Rows are taken in order.
 
-    Embedding and MLPs stay as they are: they hold what the teacher knows, and are not what was replaced. The file
-    `saved` holds the state after every `SAVE_STEPS` steps, from which a later call with the same settings goes on."""
+    The embedding stays as it is, and so do MLPs unless they have a learning rate: they hold what the teacher knows, and
+    are not what was replaced. The file `saved` holds the state after every `SAVE_STEPS` steps, from which a later call
+    with the same settings goes on."""
     import torch
 
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".attention." in name or "norm" in name)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    (steps, batch, attention_rate), mlp_rate, text_weight = settings
+    peaks = {"attention": attention_rate, "norm": attention_rate, "mlp": mlp_rate}
+    named = {kind: {n: p for n, p in model.named_parameters() if _kind(n) == kind} for kind in (*peaks, "embed")}
+    model.requires_grad_(False)
+    trained = {name: p for kind, peak in peaks.items() if peak for name, p in named[kind].items()}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    groups = [{"params": [*named[kind].values()], "peak": peak} for kind, peak in peaks.items() if peak]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     divergences: list[float] = []
-    if saved.exists() and (state := torch.load(saved, weights_only=True))["settings"] == list(settings):
+    identity = [steps, batch, attention_rate, mlp_rate, text_weight]
+    if saved.exists() and (state := torch.load(saved, weights_only=True))["settings"] == identity:
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         for divergence in state["divergences"]:
             divergences.append(divergence)
             stepped(divergence)
-    for step in range(len(divergences), settings.steps):
-        tokens = torch.from_numpy(rows[step * settings.batch : (step + 1) * settings.batch])
+    for step in range(len(divergences), steps):
+        tokens, next_tokens = (
+            torch.from_numpy(part[step * batch : (step + 1) * batch]) for part in (rows.inputs, rows.targets)
+        )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = group["peak"] * share_of_peak(step, steps)
         with torch.no_grad():
             wanted = teacher.hidden(tokens, getattr(torch, compute.dtype)).float()
         hidden = model(tokens, compute).hidden
         divergence, upstream = _divergence(
-            hidden.detach().float(), model.embed_tokens.weight.detach(), wanted, teacher.embedding
+            hidden.detach().float(),
+            model.embed_tokens.weight.detach(),
+            wanted,
+            teacher.embedding,
+            next_tokens,
+            text_weight,
         )
         optimizer.zero_grad()
         hidden.backward(upstream.to(hidden.dtype))
@@ -214,13 +239,18 @@ def distill(
         optimizer.step()
         divergences.append(divergence)
         stepped(divergence)
-        if (step + 1) % SAVE_STEPS == 0 or step + 1 == settings.steps:
+        if (step + 1) % SAVE_STEPS == 0 or step + 1 == steps:
             weights = {name: parameter.detach() for name, parameter in trained.items()}
-            state = {"settings": list(settings), "weights": weights, "optimizer": optimizer.state_dict()}
+            state = {"settings": identity, "weights": weights, "optimizer": optimizer.state_dict()}
             torch.save(state | {"divergences": divergences}, partial := saved.with_suffix(".partial"))
             partial.replace(saved)
     model.requires_grad_(True)
     return divergences
+
+
+def _kind(name: str) -> str:
+    """What a parameter of the dense model is part of."""
+    return next(kind for kind in ("embed", "norm", "attention", "mlp") if kind in name)
 
 
 def _divergence(
@@ -228,20 +258,24 @@ def _divergence(
     embedding: Float[Tensor, "vocab hidden"],
     wanted: Float[Tensor, "batch seq hidden"],
     teacher_embedding: Float[Tensor, "vocab hidden"],
+    next_tokens: Int[Tensor, "batch seq"],
+    text_weight: float,
 ) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
-    """Mean KL(teacher || model) over tokens and its gradient with respect to `hidden`, by chunks of tokens:
-    d KL / d logits = softmax(logits) - softmax(teacher's logits)."""
+    """Mean KL(targets || model) over tokens and its gradient with respect to `hidden`, by chunks of tokens:
+    d KL / d logits = softmax(logits) - targets."""
     import torch
 
     total, gradients = 0.0, []
     with torch.no_grad():
-        chunks = zip(hidden.flatten(0, 1).split(LOGITS_CHUNK), wanted.flatten(0, 1).split(LOGITS_CHUNK), strict=True)
-        for ours, theirs in chunks:
-            log_p = (theirs @ teacher_embedding.T).log_softmax(-1)
+        parts = (hidden.flatten(0, 1), wanted.flatten(0, 1), next_tokens.flatten().long())
+        for ours, theirs, following in zip(*(part.split(LOGITS_CHUNK) for part in parts), strict=True):
+            target = (theirs @ teacher_embedding.T).softmax(-1)
+            if text_weight:
+                target *= 1 - text_weight
+                target.scatter_add_(1, following[:, None], target.new_full((len(following), 1), text_weight))
             log_q = (ours @ embedding.T).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum().item()
-            gradients.append((log_q.exp_() - p) @ embedding)
+            total += (torch.special.xlogy(target, target) - target * log_q).sum().item()
+            gradients.append((log_q.exp_() - target) @ embedding)
     count = hidden.shape[0] * hidden.shape[1]
     return total / count, (torch.cat(gradients) / count).view_as(hidden)
 

@@ -44,8 +44,12 @@ class WarmStartOptions:
     """Steps of the whole dense model towards the old model's predictions; 0 leaves it as the layers were fitted."""
     distill_batch: int = 2
     """Rows a step; all rows are new."""
-    distill_learning_rate: float = 0.0005
-    """Peak."""
+    distill_learning_rate: float = 0.0002
+    """Peak, of attention and norms."""
+    distill_mlp_learning_rate: float = 0.0
+    """Peak, of MLPs; 0 leaves them as they are."""
+    distill_text_weight: float = 0.0
+    """Weight of the text's own next token against the old model's predictions: 0 imitates, 1 only learns the text."""
     diversity: float = 0.0
     """Share of each routed expert's units that are drawn anew; 0 keeps the dense model's function exactly."""
     measure_tokens: int = 16384
@@ -70,8 +74,9 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
     for name in ("fit_steps", "distill_steps"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
-    if not 0 <= options.diversity <= 1:
-        raise UserError(f"--diversity {options.diversity}: is a share, from 0 to 1")
+    for name in ("diversity", "distill_text_weight"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: is a share, from 0 to 1")
     for name, lengths in (("--seq-len", (options.seq_len,)), ("--measure-lengths", options.measure_lengths)):
         for length in lengths:
             if not 2 <= length <= config.max_position:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from train.warm_attention import convert_attention
 from train.warm_experts import balanced_router, upcycled_values
 from train.warm_fit import (
     AdamWSettings,
+    Distillation,
     MlpInputs,
     attention_error,
     calibrate,
@@ -103,7 +105,7 @@ class Stages:
         self.measure("original", texts, self.teacher.hidden, self.teacher.embedding)
 
         with self.timed("layers"):
-            converted, fitted = self.layers(rows[: options.fit_rows])
+            converted, fitted = self.layers(rows.inputs[: options.fit_rows])
         model = Model(self.dense)
         for stage, attention in (("converted", converted), ("fitted", fitted)):
             if attention[0] is not None:
@@ -111,16 +113,16 @@ class Stages:
                 self.measure(stage, texts, self.hidden_of(model), model.embed_tokens.weight)
         if options.distill_steps:
             with self.timed("distillation"):
-                self.distill(model, rows[options.fit_rows :])
-            made_by = f"{options.distill_steps} x {options.distill_batch} at {options.distill_learning_rate}"
+                self.distill(model, Rows(*(part[options.fit_rows :] for part in rows)))
+            made_by = " ".join(f"{name}={value}" for name, value in vars(options).items() if "distill" in name)
             self.measure("distilled", texts, self.hidden_of(model), model.embed_tokens.weight, made_by)
 
-        inputs = mlp_inputs(model, rows[:CALIBRATION_ROWS], self.compute)
+        inputs = mlp_inputs(model, rows.inputs[:CALIBRATION_ROWS], self.compute)
         dense = {name: value.detach().numpy() for name, value in model.state_dict().items()}
         experts = Model(self.config).load_values(self.expert_values(dense, inputs))
         with self.timed("measuring experts"):
             report["losses"]["experts"] = losses_of(texts, self.hidden_of(experts), experts.embed_tokens.weight)
-            report["expert_load"] = self.expert_load(experts, rows[:CALIBRATION_ROWS])
+            report["expert_load"] = self.expert_load(experts, rows.inputs[:CALIBRATION_ROWS])
         del experts
         export_folder(
             options.out,
@@ -164,13 +166,13 @@ class Stages:
                 break
         return tokens[: self.options.measure_tokens + 1]
 
-    def training_rows(self) -> Int32[np.ndarray, "rows seq"]:
+    def training_rows(self) -> Rows:
         """Rows for the layers' fit, and after them those of the distillation."""
         count = self.options.fit_rows + self.options.distill_steps * self.options.distill_batch
         batches = self.data.batches()
-        rows = [next(batches).inputs[0] for _ in range(count)]
+        rows = [(batch.inputs[0], batch.targets[0]) for batch in itertools.islice(batches, count)]
         batches.close()
-        return np.stack(rows)
+        return Rows(*map(np.stack, zip(*rows, strict=True)))
 
     # Stages
 
@@ -236,11 +238,12 @@ class Stages:
             facts["fitted"] = attention_error(self.config, fitted, x[:CHECK_ROWS], wanted[:CHECK_ROWS])
         return stages, facts
 
-    def distill(self, model: Model, rows: Int32[np.ndarray, "rows seq"]) -> None:
+    def distill(self, model: Model, rows: Rows) -> None:
         options = self.options
-        settings = AdamWSettings(options.distill_steps, options.distill_batch, options.distill_learning_rate)
+        adamw = AdamWSettings(options.distill_steps, options.distill_batch, options.distill_learning_rate)
+        settings = Distillation(adamw, options.distill_mlp_learning_rate, options.distill_text_weight)
         with _progress(self.console) as progress:
-            bar = progress.add_task("distillation", total=settings.steps)
+            bar = progress.add_task("distillation", total=adamw.steps)
 
             def stepped(divergence: float) -> None:
                 progress.update(bar, advance=1, description=f"distillation, KL {divergence:.3f}")
