@@ -183,17 +183,32 @@ def feed_forward(
 def chosen_experts(
     experts: Experts, layer: Int[Array, ""], x: Float[Array, "tokens hidden"], routing: Routing
 ) -> Float[Array, "tokens hidden"]:
-    """The routed experts of a layer on a few tokens: reads each chosen expert once, and no other. Slicing by layer and
-    expert at once, right where the product is, lets XLA read the weights where they lie."""
+    """The routed experts of a layer on a few tokens: reads the chosen experts and no other. Slicing by layer and expert
+    at once, right where the product is, lets XLA read the weights where they lie, if it has one row: a product of
+    several takes a copy. So few choices are taken one by one, in the order of their experts, whose weights are then
+    still in the cache; many by expert, all rows together."""
     gate, up, down = (weight[...] for weight in (experts.gate_proj, experts.up_proj, experts.down_proj))
+
+    def swiglu(rows, weights, expert):
+        g, u, d = (read(weight, layer, expert).astype(x.dtype) for weight in (gate, up, down))
+        return (jax.nn.silu(rows @ g.T) * (rows @ u.T) * weights.astype(x.dtype)) @ d.T
+
+    each = routing.chosen.shape[1]
+    if routing.chosen.size <= 2 * gate.shape[1]:
+        by_expert = jnp.argsort(routing.chosen.reshape(-1), stable=True)
+
+        def one_choice(number, out):
+            row, place = by_expert[number] // each, by_expert[number] % each
+            return out.at[row].add(swiglu(x[row], routing.weights[row, place], routing.chosen[row, place]))
+
+        return jax.lax.fori_loop(0, by_expert.size, one_choice, jnp.zeros_like(x))
+
     counts = count_experts(routing.chosen, gate.shape[1])
     in_use = jnp.argsort(counts == 0, stable=True)
 
     def one_expert(number, out):
-        expert = in_use[number]
-        weights = jnp.where(routing.chosen == expert, routing.weights, 0).sum(1, keepdims=True).astype(x.dtype)
-        g, u, d = (read(weight, layer, expert).astype(x.dtype) for weight in (gate, up, down))
-        return out + (jax.nn.silu(x @ g.T) * (x @ u.T) * weights) @ d.T
+        weights = jnp.where(routing.chosen == in_use[number], routing.weights, 0).sum(1, keepdims=True)
+        return out + swiglu(x, weights, in_use[number])
 
     return jax.lax.fori_loop(0, (counts > 0).sum(), one_expert, jnp.zeros_like(x))
 

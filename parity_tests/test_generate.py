@@ -179,6 +179,15 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(runner):
     assert len({tuple(text) for text in together}) == 3
 
 
+def test_a_prompt_in_a_large_batch_is_continued_as_alone(runner):
+    """More choices of experts than are taken one by one."""
+    prompts = prompts_of(*range(3, 23))
+    assert len(prompts) * CONFIG.num_experts_per_tok > 2 * CONFIG.n_routed_experts
+    together = runner.generate(prompts, GREEDY)
+    for row in (0, 7, 19):
+        assert runner.generate([prompts[row]], GREEDY)[0] == together[row]
+
+
 def test_greedy_tokens_are_the_most_likely_ones(runner):
     (prompt,) = prompts_of(7)
     (new,) = runner.generate([prompt], GREEDY)
