@@ -222,8 +222,10 @@ def distill(
         )
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share_of_peak(step, steps)
-        with torch.no_grad():
-            wanted = teacher.hidden(tokens, getattr(torch, compute.dtype)).float()
+        wanted = None
+        if text_weight < 1:
+            with torch.no_grad():
+                wanted = teacher.hidden(tokens, getattr(torch, compute.dtype)).float()
         hidden = model(tokens, compute).hidden
         divergence, upstream = _divergence(
             hidden.detach().float(),
@@ -256,23 +258,27 @@ def _kind(name: str) -> str:
 def _divergence(
     hidden: Float[Tensor, "batch seq hidden"],
     embedding: Float[Tensor, "vocab hidden"],
-    wanted: Float[Tensor, "batch seq hidden"],
+    wanted: Float[Tensor, "batch seq hidden"] | None,
     teacher_embedding: Float[Tensor, "vocab hidden"],
     next_tokens: Int[Tensor, "batch seq"],
     text_weight: float,
 ) -> tuple[float, Float[Tensor, "batch seq hidden"]]:
     """Mean KL(targets || model) over tokens and its gradient with respect to `hidden`, by chunks of tokens:
-    d KL / d logits = softmax(logits) - targets."""
+    d KL / d logits = softmax(logits) - targets. `wanted`, the teacher's hidden states, can be None if its predictions
+    do not count."""
     import torch
 
     total, gradients = 0.0, []
     with torch.no_grad():
-        parts = (hidden.flatten(0, 1), wanted.flatten(0, 1), next_tokens.flatten().long())
-        for ours, theirs, following in zip(*(part.split(LOGITS_CHUNK) for part in parts), strict=True):
-            target = (theirs @ teacher_embedding.T).softmax(-1)
-            if text_weight:
-                target *= 1 - text_weight
-                target.scatter_add_(1, following[:, None], target.new_full((len(following), 1), text_weight))
+        theirs = None if wanted is None else wanted.flatten(0, 1)
+        parts = (hidden.flatten(0, 1), next_tokens.flatten().long())
+        for number, (ours, following) in enumerate(zip(*(part.split(LOGITS_CHUNK) for part in parts), strict=True)):
+            if theirs is None:
+                target = ours.new_zeros(len(ours), len(embedding))
+            else:
+                chunk = theirs[number * LOGITS_CHUNK :][: len(ours)]
+                target = (chunk @ teacher_embedding.T).softmax(-1).mul_(1 - text_weight)
+            target.scatter_add_(1, following[:, None], target.new_full((len(following), 1), text_weight))
             log_q = (ours @ embedding.T).log_softmax(-1)
             total += (torch.special.xlogy(target, target) - target * log_q).sum().item()
             gradients.append((log_q.exp_() - target) @ embedding)
