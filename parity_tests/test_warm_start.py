@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch", reason="the warm start fits with torch")
 transformers = pytest.importorskip("transformers", reason="the old model is read with transformers")
 
 from train import warm_stages, warm_start  # noqa: E402
-from train.warm_teacher import check_shape, check_tokenizer  # noqa: E402
+from train.warm_teacher import Teacher, check_shape, check_tokenizer, read_teacher  # noqa: E402
 
 THETA = 10000.0
 SMALL = ModelConfig(
@@ -283,6 +283,27 @@ def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     divergence, gradient = _divergence(hidden.detach(), ours, seen, theirs, following, text_weight)
     assert divergence == pytest.approx(expected.item(), rel=1e-12)
     assert largest_error(gradient.numpy(), hidden.grad.numpy()) < 1e-12
+
+
+@pytest.mark.parametrize("mlp_rate", [0.0, 1e-3])
+def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
+    from torch_ref.model import Model
+    from torch_ref.parameters import initial_values
+    from train.packing import rows_of
+    from train.warm_fit import AdamWSettings, Distillation, distill
+
+    config, weights, _ = read_teacher(str(teacher))
+    dense = dataclasses.replace(SMALL, first_k_dense=SMALL.num_layers, intermediate_size=SMALL.moe_intermediate_size)
+    model = Model(dense).load_values(initial_values(dense, 0))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    rows = rows_of(np.random.default_rng(0).integers(1, SMALL.vocab_size, 4 * 32 + 1).tolist(), 32)
+    settings = Distillation(AdamWSettings(2, 2, 1e-3), mlp_rate, text_weight=1.0)
+    losses = distill(model, Teacher(config, weights), rows, settings, COMPUTE, tmp_path / "state.pt")
+    assert len(losses) == 2 and all(np.isfinite(losses))
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {
+        name for name in before if "attention" in name or "norm" in name or ("mlp" in name and mlp_rate > 0)
+    }
 
 
 # Experts

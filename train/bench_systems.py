@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_ref.config import ComputeConfig
 from torch_ref.interface import Sampling
 from torch_ref.parameters import initial_values
 from train.bench_cases import Case
@@ -39,7 +40,40 @@ def greedy(new_tokens: int) -> Sampling:
     return Sampling(max_new_tokens=new_tokens, greedy=True, stop_token=None)
 
 
-class TorchRef:
+class Ours:
+    """What both sides of this project are asked in the same words. A side sets what is declared here."""
+
+    case: Case
+    device: Any
+    compute: ComputeConfig
+    _backend: Callable
+    """Its backend's class."""
+    _generate: Callable
+    """Its `generate` with the weights alone, no optimizer, as `python -m train.generate` holds them."""
+
+    @cached_property
+    def backend(self) -> Any:
+        backend = self._backend(self.case.config, self.case.compute, self.case.optimizer, self.case.device)
+        backend.init(0)
+        return backend
+
+    def step(self) -> Callable[[], Any]:
+        backend, rows = self.backend, self.case.rows()
+        return lambda: backend.step(*rows)
+
+    def generate(self, prompts: Prompts, new_tokens: int, tick: Tick) -> None:
+        self._generate(prompts, greedy(new_tokens), 0, self.compute, tick)
+
+    def save(self, folder: Path) -> Path:
+        path = self.backend.save(folder, "step_1", {})
+        self.backend.wait()
+        return path
+
+    def restore(self, path: Path) -> None:
+        self.backend.restore(path)
+
+
+class TorchRef(Ours):
     """This project's torch side."""
 
     def __init__(self, case: Case) -> None:
@@ -51,12 +85,6 @@ class TorchRef:
         self.case, self.torch, self._backend = case, torch, TorchBackend
         self.device = resolve_device(case.device)
         self.compute = resolve_compute(case.compute, self.device)
-
-    @cached_property
-    def backend(self) -> Any:
-        backend = self._backend(self.case.config, self.case.compute, self.case.optimizer, self.case.device)
-        backend.init(0)
-        return backend
 
     def gradient(self) -> Callable[[], Any]:
         """Forward and backward pass of one micro-batch, without the optimizer."""
@@ -75,13 +103,8 @@ class TorchRef:
 
         return run
 
-    def step(self) -> Callable[[], Any]:
-        rows = self.case.rows()
-        return lambda: self.backend.step(*rows)
-
     @cached_property
     def _generate(self) -> Callable:
-        """`generate` with the weights alone, no optimizer, as `python -m train.generate` holds them."""
         from torch_ref.generate import cast_weights, generate
         from torch_ref.model import Model
 
@@ -89,17 +112,6 @@ class TorchRef:
         model = Model(config, self.device, dtype).load_values(initial_values(config, 0))
         cast_weights(model, self.compute)
         return partial(generate, model)
-
-    def generate(self, prompts: Prompts, new_tokens: int, tick: Tick) -> None:
-        self._generate(prompts, greedy(new_tokens), 0, self.compute, tick)
-
-    def save(self, folder: Path) -> Path:
-        path = self.backend.save(folder, "step_1", {})
-        self.backend.wait()
-        return path
-
-    def restore(self, path: Path) -> None:
-        self.backend.restore(path)
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -109,7 +121,7 @@ class TorchRef:
         return self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
-class Flax:
+class Flax(Ours):
     """This project's Flax side."""
 
     def __init__(self, case: Case) -> None:
@@ -119,12 +131,6 @@ class Flax:
         self.case, self._backend = case, FlaxBackend
         self.device = resolve_device(case.device)
         self.compute = resolve_compute(case.compute, self.device)
-
-    @cached_property
-    def backend(self) -> Any:
-        backend = self._backend(self.case.config, self.case.compute, self.case.optimizer, self.case.device)
-        backend.init(0)
-        return backend
 
     def gradient(self) -> Callable[[], Any]:
         """Forward and backward pass of one micro-batch, on parameters without an optimizer's state."""
@@ -142,30 +148,14 @@ class Flax:
         gradient = jax.jit(jax.grad(share, has_aux=True))
         return lambda: jax.block_until_ready(gradient(params, biases))
 
-    def step(self) -> Callable[[], Any]:
-        backend, rows = self.backend, self.case.rows()
-        return lambda: backend.step(*rows)
-
     @cached_property
     def _generate(self) -> Callable:
-        """`generate` with the weights alone, no optimizer, as `python -m train.generate` holds them."""
         from flax_model.generate import cast_weights, generate
         from flax_model.model import from_values, merge
 
         config, dtype = self.case.config, self.compute.param_dtype
         graphdef, params, biases = from_values(config, initial_values(config, 0), dtype)
         return partial(generate, merge(graphdef, cast_weights(params, self.compute), biases))
-
-    def generate(self, prompts: Prompts, new_tokens: int, tick: Tick) -> None:
-        self._generate(prompts, greedy(new_tokens), 0, self.compute, tick)
-
-    def save(self, folder: Path) -> Path:
-        path = self.backend.save(folder, "step_1", {})
-        self.backend.wait()
-        return path
-
-    def restore(self, path: Path) -> None:
-        self.backend.restore(path)
 
     def device_peak(self) -> int | None:
         import jax

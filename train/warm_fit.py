@@ -200,13 +200,12 @@ def distill(
     import torch
 
     (steps, batch, attention_rate), mlp_rate, text_weight = settings
-    peaks = {"attention": attention_rate, "norm": attention_rate, "mlp": mlp_rate}
-    named = {kind: {n: p for n, p in model.named_parameters() if _kind(n) == kind} for kind in (*peaks, "embed")}
+    peaks = {"attention": attention_rate, "norm": attention_rate, "mlp": mlp_rate, "embed": 0.0}
     model.requires_grad_(False)
-    trained = {name: p for kind, peak in peaks.items() if peak for name, p in named[kind].items()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if peaks[_kind(name)]}
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    groups = [{"params": [*named[kind].values()], "peak": peak} for kind, peak in peaks.items() if peak]
+    groups = [{"params": [parameter], "peak": peaks[_kind(name)]} for name, parameter in trained.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     divergences: list[float] = []
     identity = [steps, batch, attention_rate, mlp_rate, text_weight]

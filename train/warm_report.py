@@ -50,7 +50,7 @@ def draw(report: dict, file: Path) -> None:
     by_layer.set_ylim(bottom=0)
     for axes in rest:
         axes.plot(range(1, len(curve) + 1), curve)
-        axes.set(title="Distillation", xlabel="step", ylabel="KL from the old model, nats per token")
+        axes.set(title="Distillation", xlabel="step", ylabel="KL from the targets, nats per token")
     for axes in (by_stage, by_layer, *rest):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
