@@ -50,6 +50,8 @@ CALIBRATION_ROWS = 8
 """Fit rows that the closed form takes its statistics from."""
 CHECK_ROWS = 4
 """Held-out rows that a layer's error is measured on."""
+JUDGE_SHARE = 8
+"""One in so many fit rows is not learned from, but decides whether the fit was a gain."""
 FORWARD_ROWS = 8
 """Rows that go through a teacher's layer together."""
 Texts = dict[str, dict[int, Rows]]
@@ -224,18 +226,24 @@ class Stages:
             "converted": error,
         }
         if settings.steps:
+            judged = (len(x) - CHECK_ROWS) // JUDGE_SHARE
+            learned, judge = slice(CHECK_ROWS, len(x) - judged), slice(len(x) - judged if judged else CHECK_ROWS, None)
             with torch.enable_grad():
                 fitted = fit_attention(
                     self.config,
                     new.weights,
-                    x[CHECK_ROWS:],
-                    wanted[CHECK_ROWS:],
+                    x[learned],
+                    wanted[learned],
                     settings,
                     self.options.seed + index,
                     stepped,
                 )
-            stages["fitted"] = fitted
-            facts["fitted"] = attention_error(self.config, fitted, x[:CHECK_ROWS], wanted[:CHECK_ROWS])
+            # A layer that the closed form has nearly right can lose by the fit's noise: it is then left as it was.
+            candidates = (fitted, new.weights)
+            stages["fitted"] = min(
+                candidates, key=lambda one: attention_error(self.config, one, x[judge], wanted[judge])
+            )
+            facts["fitted"] = attention_error(self.config, stages["fitted"], x[:CHECK_ROWS], wanted[:CHECK_ROWS])
         return stages, facts
 
     def distill(self, model: Model, rows: Rows) -> None:
