@@ -13,6 +13,7 @@ Twin of `torch_ref/backend.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from flax_model.checkpoint import Checkpoints
@@ -54,15 +56,21 @@ class Metrics(NamedTuple):
 class FlaxBackend:
     """The `Backend` of Flax, on one device. State is unset until `init`, `restore` or `load_state`.
 
-    A float64 run switches JAX to 64-bit types for the whole process. Raises `UserError` for a device, dtype or
-    computation path that is not available.
+    The step for batches of `expected_batch` (rows and their length) is compiled in the background while the state is
+    made; that for another shape when the first such batch comes. A float64 run switches JAX to 64-bit types for the
+    whole process. Raises `UserError` for a device, dtype or computation path that is not available.
     """
 
     framework = "flax"
     checkpoint_suffix = ""
 
     def __init__(
-        self, model_config: ModelConfig, compute: ComputeConfig, optimizer: OptimizerConfig, device: str = "auto"
+        self,
+        model_config: ModelConfig,
+        compute: ComputeConfig,
+        optimizer: OptimizerConfig,
+        device: str = "auto",
+        expected_batch: tuple[int, int] | None = None,
     ) -> None:
         self._device = resolve_device(device)
         self.model_config = model_config
@@ -86,8 +94,10 @@ class FlaxBackend:
             optimizer=optimizer,
             decay=decay_mask(model_config),
         )
-        # Pinned shardings: a restored or fresh state then meets the same compiled step as the one it returns.
+        # Pinned shardings: a restored or fresh state then fits the same compiled step as the one it returns.
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        self._expected_batch = expected_batch
+        self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
         self._loss_sum = jax.jit(partial(loss_sum, graphdef=self._graphdef, compute=self.compute))
 
     @property
@@ -99,22 +109,49 @@ class FlaxBackend:
         return int(self._state["step"])
 
     def init(self, seed: int) -> None:
+        self._compile_ahead()
         self._state = {}
         _, params, biases = from_values(self.model_config, initial_values(self.model_config, seed), self._dtype)
         self._set(params=params, biases=biases, first_moment=None, second_moment=None)
         self._set(step=np.int32(0), updates=np.int32(0))
 
     def _set(self, **parts: Any) -> None:
-        """Take over parts of the state: trees of arrays, which are emptied; None stands for zeros."""
-        self._state.update({name: place(part, self._abstract[name]) for name, part in parts.items()})
+        """Take over parts of the state: numbers, or trees of arrays from `from_values`, which are emptied; None stands
+        for zeros."""
+        self._state.update({name: place(part, self._abstract[name], copy=False) for name, part in parts.items()})
+
+    def _compile_ahead(self) -> None:
+        """Begin to compile the step for the expected batch."""
+        if self._expected_batch is None:
+            return
+        rows, length = self._expected_batch
+        micro_batch = self.optimizer_config.micro_batch_size
+        shape = (rows // micro_batch, micro_batch, length)
+        if shape not in self._compiled:
+            thread = ThreadPoolExecutor(1)
+            self._compiled[shape] = thread.submit(self._compile, shape)
+            thread.shutdown(wait=False)
+
+    def _compile(self, shape: tuple[int, ...]) -> Compiled:
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding)
+        rate = jax.ShapeDtypeStruct((), self._dtype)
+        return self._train_step.lower(self._abstract, tokens, tokens, rate).compile()
+
+    def _step_for(self, shape: tuple[int, ...]) -> Compiled:
+        """The compiled step for batches of a shape."""
+        if shape not in self._compiled:
+            self._compiled[shape] = self._compile(shape)
+        step = self._compiled[shape]
+        if isinstance(step, Future):
+            step = self._compiled[shape] = step.result()
+        return step
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
         # The schedule is taken on the host, in double precision as torch's is: a sweep over rates compiles nothing.
         rate = float(self.optimizer_config.schedule(self.steps_done))
         batch = split_batch(inputs, targets, self.optimizer_config.micro_batch_size)
-        self._state, metrics = self._train_step(
-            self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate)
-        )
+        step = self._step_for(batch[0].shape)
+        self._state, metrics = step(self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate))
         loss, balance_loss, grad_norm, applied, expert_counts = jax.device_get(metrics)
         tokens = int((targets != IGNORE).sum())
         counts = expert_counts.astype(np.int64)
@@ -161,6 +198,7 @@ class FlaxBackend:
             raise UserError(f"{path}: checkpoint format {stored.get('format')}, this version reads {FORMAT}")
         require_config(stored["model_config"], self.model_config, path)
         self._checkpoints.check(path, self._abstract)
+        self._compile_ahead()
         self._state = None  # its memory is needed for the state that comes
         self._state = place(self._checkpoints.restore(path, self._abstract), self._abstract)
         return stored["meta"]
@@ -237,18 +275,19 @@ def abstract_state(config: ModelConfig, dtype: np.dtype, mesh: jax.sharding.Mesh
     return {"params": params, "biases": biases, **moments, "step": counter, "updates": counter}
 
 
-def place(tree: Any, abstract: Any) -> Any:
-    """Copy arrays of the host, or of a file, to their devices. A nested dict is emptied on the way, so that only one
-    tensor exists twice at a time; None stands for zeros.
+def place(tree: Any, abstract: Any, copy: bool = True) -> Any:
+    """Bring arrays to their devices. A nested dict is emptied on the way, so that only one tensor exists twice at a
+    time; None stands for zeros.
 
-    The copy is made on the device: on a CPU `device_put` may share memory with its source, and a step cannot reuse
-    what is not its own.
+    Arrays of the host, or of a file, need the `copy` on the device: on a CPU `device_put` may share memory with its
+    source, and a step cannot reuse what is not its own.
     """
     if isinstance(abstract, dict):
-        return {key: place(None if tree is None else tree.pop(key), leaf) for key, leaf in abstract.items()}
+        return {key: place(None if tree is None else tree.pop(key), leaf, copy) for key, leaf in abstract.items()}
     if tree is None:
         return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
-    return jnp.array(jax.device_put(tree, abstract.sharding), copy=True)
+    placed = jax.device_put(tree, abstract.sharding)
+    return jnp.array(placed, copy=True) if copy or not isinstance(tree, jax.Array) else placed
 
 
 @jax.jit

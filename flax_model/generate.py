@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_model.attention import Attention
-from flax_model.layers import wide
+from flax_model.layers import SwiGLU, wide
 from flax_model.model import Block, Model, Tree, merge, split
 from flax_model.moe import Experts, Routing, count_experts
 from flax_model.rotary import Rope, make_rope
@@ -99,14 +99,15 @@ def decode(
             x, cache = carry
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf: read(leaf, layer), state))
             attended, cache = attend_latents(
-                block.attention, block.input_norm(x), rope, cache, first + layer, slot, visible
+                block.attention, materialized(block.input_norm(x), step), rope, cache, first + layer, slot, visible
             )
             x = x + attended
-            return x + feed_forward(block, stacked, layer, block.post_attention_norm(x)), cache
+            normed = materialized(block.post_attention_norm(x), step)
+            return x + feed_forward(block, stacked, layer, normed, step), cache
 
         x, cache = jax.lax.fori_loop(0, layers, one_layer, (x, cache))
         first += layers
-    return wide(model.norm(x) @ embedding.astype(x.dtype).T), cache
+    return wide(materialized(model.norm(x), step) @ embedding.astype(x.dtype).T), cache
 
 
 def as_bits(params: Tree) -> Tree:
@@ -130,6 +131,13 @@ def read(weight: Array, *index: Int[Array, ""]) -> Array:
     return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == jnp.uint16 else part
 
 
+def materialized(x: Float[Array, "batch features"], step: Int[Array, ""]) -> Float[Array, "batch features"]:
+    """`x` unchanged, as an array of its own. XLA's CPU backend fuses a cheap computation of `x` (a product of two
+    numbers, a transposition) into the product of one row with a weight that reads it, and so repeats it for every row
+    of the weight. It takes a division for dear; and that this one is by 1, since `step` >= 0, it cannot know."""
+    return x / (jnp.arange(x.shape[-1]) >= -step).astype(x.dtype)
+
+
 def stacks(model: Model) -> list[Block]:
     """The stacked blocks of a model, in the order of its layers."""
     return [getattr(model, name) for name in ("dense_layers", "layers") if hasattr(model, name)]
@@ -150,14 +158,15 @@ def attend_latents(
     batch = x.shape[0]
     cache = cache.at[layer, :, slot].set(jnp.concatenate(attention.latents(x, rope), axis=-1))
     entries = cache[layer]
-    q_nope, q_rope = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
+    queries = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
+    q_nope, q_rope = (q.swapaxes(0, 1) for q in queries)
     key, value = key_and_value_parts(attention.kv_b_proj.weight[...].astype(x.dtype), c)
-    q = jnp.concatenate((jnp.einsum("bkgn,knl->bkgl", q_nope, key), q_rope), axis=-1)
-    scores = wide(jnp.einsum("bkgc,bsc->bkgs", q, entries)) * c.softmax_scale
+    q = jnp.concatenate((jnp.einsum("kbgn,knl->kbgl", q_nope, key), q_rope), axis=-1)
+    scores = wide(jnp.einsum("kbgc,bsc->bkgs", q, entries)) * c.softmax_scale
     probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
     latent = jnp.einsum("bkgs,bsl->bkgl", probabilities, entries[..., : c.kv_lora_rank])
-    out = jnp.einsum("bkgl,kvl->bkgv", latent, value)
-    return attention.o_proj(out.reshape(batch, -1)), cache
+    out = jnp.einsum("bkgl,kvl->kbgv", latent, value).swapaxes(0, 1).reshape(batch, -1)
+    return attention.o_proj(materialized(out, slot)), cache
 
 
 def key_and_value_parts(
@@ -169,15 +178,19 @@ def key_and_value_parts(
 
 
 def feed_forward(
-    block: Block, stacked: Block, layer: Int[Array, ""], x: Float[Array, "batch hidden"]
+    block: Block, stacked: Block, layer: Int[Array, ""], x: Float[Array, "batch hidden"], step: Int[Array, ""]
 ) -> Float[Array, "batch hidden"]:
     """The MLP of a block for one new token per row: what `MoE` computes, without its reports. `stacked` holds the
     experts of all layers."""
+
+    def swiglu(mlp: SwiGLU) -> Float[Array, "batch hidden"]:
+        return mlp.down_proj(materialized(jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x), step))
+
     if block.dense:
-        return block.mlp(x)
+        return swiglu(block.mlp)
     moe = block.mlp
     out = chosen_experts(stacked.mlp.experts, layer, x, moe.router(x))
-    return out + moe.shared_expert(x) if moe.config.n_shared_experts else out
+    return out + swiglu(moe.shared_expert) if moe.config.n_shared_experts else out
 
 
 def chosen_experts(
@@ -185,30 +198,32 @@ def chosen_experts(
 ) -> Float[Array, "tokens hidden"]:
     """The routed experts of a layer on a few tokens: reads the chosen experts and no other. Slicing by layer and expert
     at once, right where the product is, lets XLA read the weights where they lie, if it has one row: a product of
-    several takes a copy. So few choices are taken one by one, in the order of their experts, whose weights are then
-    still in the cache; many by expert, all rows together."""
+    several takes a copy. So few choices are taken one by one, one projection after the other in the order of the
+    experts: what several choices read is then still in the cache. Many are taken by expert, all rows together."""
     gate, up, down = (weight[...] for weight in (experts.gate_proj, experts.up_proj, experts.down_proj))
-
-    def swiglu(rows, weights, expert):
-        g, u, d = (read(weight, layer, expert).astype(x.dtype) for weight in (gate, up, down))
-        return (jax.nn.silu(rows @ g.T) * (rows @ u.T) * weights.astype(x.dtype)) @ d.T
-
-    each = routing.chosen.shape[1]
     if routing.chosen.size <= 2 * gate.shape[1]:
-        by_expert = jnp.argsort(routing.chosen.reshape(-1), stable=True)
+        chosen = routing.chosen.reshape(-1)
+        order = jnp.argsort(chosen, stable=True)
+        row = order // routing.chosen.shape[1]
 
-        def one_choice(number, out):
-            row, place = by_expert[number] // each, by_expert[number] % each
-            return out.at[row].add(swiglu(x[row], routing.weights[row, place], routing.chosen[row, place]))
+        def product(rows, weight):
+            def one(number, out):
+                return out.at[number].set(rows[number] @ read(weight, layer, chosen[order[number]]).astype(x.dtype).T)
 
-        return jax.lax.fori_loop(0, by_expert.size, one_choice, jnp.zeros_like(x))
+            return jax.lax.fori_loop(0, order.size, one, jnp.zeros((order.size, weight.shape[2]), x.dtype))
+
+        weights = routing.weights.reshape(-1)[order].astype(x.dtype)[:, None]
+        out = product(jax.nn.silu(product(x[row], gate)) * product(x[row], up) * weights, down)
+        return jnp.zeros_like(x).at[row].add(out)
 
     counts = count_experts(routing.chosen, gate.shape[1])
     in_use = jnp.argsort(counts == 0, stable=True)
 
     def one_expert(number, out):
-        weights = jnp.where(routing.chosen == in_use[number], routing.weights, 0).sum(1, keepdims=True)
-        return out + swiglu(x, weights, in_use[number])
+        expert = in_use[number]
+        weights = jnp.where(routing.chosen == expert, routing.weights, 0).sum(1).astype(x.dtype)
+        g, u, d = (read(weight, layer, expert).astype(x.dtype) for weight in (gate, up, down))
+        return out + (d @ (jax.nn.silu(g @ x.T) * (u @ x.T) * weights)).T
 
     return jax.lax.fori_loop(0, (counts > 0).sum(), one_expert, jnp.zeros_like(x))
 

@@ -158,7 +158,7 @@ def from_values(
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """`split` of a model with these values (`parameters.initial_values`, or an import) of every row of the table.
 
-    Layers are gathered into one host array per stacked tensor before they go to the device.
+    Each layer is written straight into its place in the stacked tensor on the device: nothing is held twice.
     """
     rows = parameter_table(config)
     expected = {row.name for row in rows}
@@ -168,20 +168,19 @@ def from_values(
         counts[path] = counts.get(path, 0) + 1
     params: Tree = {}
     biases: Tree = {}
-    waiting: dict[tuple[str, ...], tuple[np.ndarray, int]] = {}
     for row, value in values:
         expected.remove(row.name)
         path, index = flax_path(config, row.name)
         tree = params if row.trainable else biases
+        for key in path[:-1]:
+            tree = tree.setdefault(key, {})
         if index is None:
-            _set(tree, path, jnp.asarray(value, dtype))
-            continue
-        stacked, missing = waiting.pop(path, None) or (np.empty((counts[path], *row.shape), dtype), counts[path])
-        stacked[index] = value
-        if missing > 1:
-            waiting[path] = stacked, missing - 1
+            tree[path[-1]] = jnp.array(value, dtype)
         else:
-            _set(tree, path, jnp.asarray(stacked))
+            stacked = tree.pop(path[-1], None)
+            if stacked is None:
+                stacked = jnp.zeros((counts[path], *row.shape), dtype)
+            tree[path[-1]] = _put_layer(stacked, index, value)
     assert not expected, f"no value for {sorted(expected)}"
     return structure(config), params, biases
 
@@ -196,10 +195,9 @@ def to_values(config: ModelConfig, params: Tree, biases: Tree) -> Iterator[tuple
         yield row, np.asarray(leaf if index is None else leaf[index])
 
 
-def _set(tree: Tree, path: tuple[str, ...], value: Array) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+@partial(jax.jit, donate_argnums=0)
+def _put_layer(stacked: Array, index: Int[Array, ""], value: Array) -> Array:
+    return stacked.at[index].set(value.astype(stacked.dtype))
 
 
 class Parts(NamedTuple):

@@ -260,7 +260,7 @@ def test_flax_compiles_one_step(backend, tmp_path):
     if backend.framework != "flax":
         pytest.skip("torch compiles nothing")
     backend.step(*batch(0))
-    compiled = backend._train_step._cache_size()
+    compiled = dict(backend._compiled)
     path = backend.save(tmp_path, "step_1", {})
     snapshot = backend.snapshot()
     backend.step(*batch(1))
@@ -273,7 +273,23 @@ def test_flax_compiles_one_step(backend, tmp_path):
     backend.step(*batch(1))
     backend.init(1)
     backend.step(*batch(1))
-    assert backend._train_step._cache_size() == compiled
+    assert backend._compiled == compiled
+
+
+def test_flax_compiles_the_expected_step_ahead(backend):
+    if backend.framework != "flax":
+        pytest.skip("torch compiles nothing")
+    inputs, targets = batch(0)
+    ahead = type(backend)(CONFIG, COMPUTE, OPTIMIZER, "cpu", expected_batch=inputs.shape)
+    ahead.init(0)
+    backend.init(0)
+    (future,) = ahead._compiled.values()
+    result, expected = ahead.step(inputs, targets), backend.step(inputs, targets)
+    assert list(ahead._compiled.values()) == [future.result()]
+    assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
+    ahead.step(*batch(1, rows=2))
+    assert len(ahead._compiled) == 2
+    ahead.close()
 
 
 def test_both_frameworks_take_the_same_step(backend):

@@ -37,7 +37,8 @@ def build(options: Options) -> tuple[Options, Backend]:
 
     device = resolve_device(options.device)
     options = settle(options, default_dtype(device), available_memory(device))
-    return options, FlaxBackend(options.model, options.compute, options.optimizer, options.device)
+    batch = (options.batch_size, options.seq_len)
+    return options, FlaxBackend(options.model, options.compute, options.optimizer, options.device, batch)
 
 
 def write_weights(run_dir: Path, backend: Backend) -> Path:

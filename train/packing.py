@@ -17,8 +17,10 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,10 @@ log = logging.getLogger(__name__)
 
 ENCODE_TOGETHER = 64
 """Documents tokenized in one call: enough for all cores, few enough that a resumed run wastes little."""
+
+PARTS_AHEAD = 2
+"""Such calls at work together: at the end of one, where a core may have only one long document left, others have the
+next to do."""
 
 KEPT_FILE = "data.json"
 """In the run folder: see `Kept`."""
@@ -133,10 +139,32 @@ def pack(reader: Reader, tokenizer: TextTokenizer, options: DataOptions, cursor:
         token = 0
 
 
+class Part(NamedTuple):
+    """Neighbouring documents of one shuffled window, tokenized in one call."""
+
+    epoch: int
+    window: int
+    stream: dict | None
+    """Where the window starts in the source."""
+    first: int
+    """Place of the first document in the window."""
+    documents: list[Document]
+
+
 def tokenized_documents(
     reader: Reader, tokenizer: TextTokenizer, options: DataOptions, cursor: dict
 ) -> Iterator[tuple[dict, Int32[np.ndarray, " tokens"], str]]:
     """(position, ids with the end-of-text token, place) of each document, shuffled, from the cursor's document on."""
+    with closing(tokenized(read_parts(reader, options, cursor), tokenizer)) as parts:
+        for part, encoded in parts:
+            for number, (document, ids) in enumerate(zip(part.documents, encoded, strict=True), part.first):
+                position = {"epoch": part.epoch, "window": part.window, "stream": part.stream, "document": number}
+                ids.append(tokenizer.eot_id)
+                yield position, np.array(ids, np.int32), document.place
+
+
+def read_parts(reader: Reader, options: DataOptions, cursor: dict) -> Iterator[Part]:
+    """The documents from the cursor's on, window after window and epoch after epoch, without end."""
     epoch, window, stream, start = (cursor[name] for name in ("epoch", "window", "stream", "document"))
     try:
         while True:
@@ -146,33 +174,40 @@ def tokenized_documents(
                     f"--dataset {options.dataset}: no document to train on ({len(reader.bad_rows)} rows without text "
                     f"in --text-field {options.text_field}; the rest held out, see --validation-fraction)"
                 )
-            documents = shuffled(documents, options.seed, epoch, window)[start:]
-            for number, (document, ids) in enumerate(zip(documents, encode(documents, tokenizer), strict=True), start):
-                position = {"epoch": epoch, "window": window, "stream": stream, "document": number}
-                yield position, ids, document.place
+            documents = shuffled(documents, options.seed, epoch, window)
+            for first in range(start, len(documents), ENCODE_TOGETHER):
+                yield Part(epoch, window, stream, first, documents[first : first + ENCODE_TOGETHER])
             start, stream = 0, next_stream
             epoch, window = (epoch, window + 1) if stream is not None else (epoch + 1, 0)
     finally:
         reader.close()
 
 
+def tokenized(parts: Iterator[Part], tokenizer: TextTokenizer) -> Iterator[tuple[Part, list[list[int]]]]:
+    """Each part with its documents' ids. While one is used, the next are read and tokenized; an error in reading is
+    raised after the parts before it."""
+    pending: deque[tuple[Part, Future]] = deque()
+    failure: Exception | None = None
+    with closing(parts), ThreadPoolExecutor(PARTS_AHEAD) as pool:
+        while True:
+            while failure is None and len(pending) <= PARTS_AHEAD:
+                try:
+                    part = next(parts)
+                except Exception as error:
+                    failure = error
+                else:
+                    texts = [document.text for document in part.documents]
+                    pending.append((part, pool.submit(tokenizer.encode_batch, texts)))
+            if not pending:
+                raise failure
+            part, encoded = pending.popleft()
+            yield part, encoded.result()
+
+
 def shuffled(documents: list[Document], seed: int, epoch: int, window: int) -> list[Document]:
     # RandomState, because NumPy promises that its streams never change; those of a Generator may, with any version.
     generator = np.random.RandomState(np.random.PCG64((seed, epoch, window)))
     return [documents[i] for i in generator.permutation(len(documents))]
-
-
-def encode(documents: list[Document], tokenizer: TextTokenizer) -> Iterator[Int32[np.ndarray, " tokens"]]:
-    """The ids of each document, and the end-of-text token. The tokenizer works on the next ones meanwhile."""
-    parts = [documents[first : first + ENCODE_TOGETHER] for first in range(0, len(documents), ENCODE_TOGETHER)]
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(tokenizer.encode_batch, [])
-        for part in [*parts, []]:
-            texts = [document.text for document in part]
-            encoded, ahead = ahead.result(), pool.submit(tokenizer.encode_batch, texts)
-            for ids in encoded:
-                ids.append(tokenizer.eot_id)
-                yield np.array(ids, np.int32)
 
 
 class Prefetcher:
