@@ -16,6 +16,7 @@ Twin of `flax_model/generate.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +29,7 @@ from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
 from torch_ref.layers import wide
 from torch_ref.model import Block, Model
-from torch_ref.moe import EXPERT_PATHS, Experts, Routing, count_experts
+from torch_ref.moe import EXPERT_PATHS, Experts, Routing
 from torch_ref.rotary import Rope, make_rope
 
 Cache = Float[Tensor, "layers batch slots cached"]
@@ -106,12 +107,18 @@ def attend_latents(
     cache[:, slot] = torch.cat(attention.latents(x, rope), dim=-1)
     q_nope, q_rope = (q.unflatten(1, (c.num_kv_heads, -1)) for q in attention.queries(x, rope))
     key, value = key_and_value_parts(attention.kv_b_proj.weight.to(x.dtype), c)
-    q = torch.cat((torch.einsum("bkgn,knl->bkgl", q_nope, key), q_rope), dim=-1)
-    scores = wide(torch.einsum("bkgc,bsc->bkgs", q, cache)) * c.softmax_scale
-    probabilities = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(x.dtype)
-    latent = torch.einsum("bkgs,bsl->bkgl", probabilities, cache[..., : c.kv_lora_rank])
-    out = torch.einsum("bkgl,kvl->bkgv", latent, value)
-    return attention.o_proj(out.flatten(1))
+    q = torch.cat((by_kv_head(q_nope, key), q_rope), dim=-1).flatten(1, 2)
+    scores = wide(q @ cache.transpose(1, 2)) * c.softmax_scale
+    probabilities = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1).to(x.dtype)
+    latent = (probabilities @ cache[..., : c.kv_lora_rank]).unflatten(1, (c.num_kv_heads, -1))
+    return attention.o_proj(by_kv_head(latent, value.transpose(1, 2)).flatten(1))
+
+
+def by_kv_head(
+    x: Float[Tensor, "batch kv_heads group inputs"], weight: Float[Tensor, "kv_heads inputs outputs"]
+) -> Float[Tensor, "batch kv_heads group outputs"]:
+    """x @ weight, one product for each K/V head over the rows of the whole batch."""
+    return (x.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 def key_and_value_parts(
@@ -141,14 +148,17 @@ def chosen_experts(
     gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
     if x.device.type != "cpu":
         return EXPERT_PATHS[compute.moe](x, routing, gate, up, down, False)
-    out = torch.zeros_like(x)
-    for expert in count_experts(routing.chosen, gate.shape[0]).nonzero()[:, 0].tolist():
-        mine = routing.chosen == expert
-        rows = mine.any(1)
-        weights = (routing.weights * mine).sum(1)[rows, None].to(x.dtype)
+    chosen = routing.chosen.flatten()
+    order = chosen.argsort(stable=True)
+    row = order // routing.chosen.shape[1]
+    sorted_x, weights = x[row], routing.weights.flatten()[order, None].to(x.dtype)
+    out, end = [], 0
+    for expert, same in groupby(chosen[order].tolist()):
+        start, end = end, end + len(list(same))
         g, u, d = (weight[expert].to(x.dtype) for weight in (gate, up, down))
-        out[rows] += F.linear(F.silu(F.linear(x[rows], g)) * F.linear(x[rows], u) * weights, d)
-    return out
+        mine = sorted_x[start:end]
+        out.append(F.linear(F.silu(F.linear(mine, g)) * F.linear(mine, u) * weights[start:end], d))
+    return torch.zeros_like(x).index_add_(0, row, torch.cat(out))
 
 
 def filter_logits(
@@ -203,7 +213,7 @@ def cast_weights(model: Model, compute: ComputeConfig) -> None:
             parameter.data = parameter.data.to(getattr(torch, compute.dtype))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Model,
     prompts: list[list[int]],
