@@ -35,8 +35,8 @@ from train.tokenizer import TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 
-ENCODE_TOGETHER = 64
-"""Documents tokenized in one call: enough for all cores, few enough that a resumed run wastes little."""
+ENCODE_TOGETHER = 256
+"""Documents tokenized in one call: enough to keep all cores at work, few enough that a run soon has its first batch."""
 
 PARTS_AHEAD = 2
 """Such calls at work together: at the end of one, where a core may have only one long document left, others have the
