@@ -125,12 +125,22 @@ class Flax(Ours):
     """This project's Flax side."""
 
     def __init__(self, case: Case) -> None:
+        import jax
+
         from flax_model.backend import FlaxBackend  # imported here, so that start-up counts it
         from flax_model.device import resolve_compute, resolve_device
 
+        self.compile_seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._count_compiling)
         self.case, self._backend = case, FlaxBackend
+        if "startup" in case.tasks:  # as `train.flax_main` does
+            self._backend = partial(FlaxBackend, expected_batch=case.rows()[0].shape)
         self.device = resolve_device(case.device)
         self.compute = resolve_compute(case.compute, self.device)
+
+    def _count_compiling(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compile_seconds += seconds
 
     def gradient(self) -> Callable[[], Any]:
         """Forward and backward pass of one micro-batch, on parameters without an optimizer's state."""
