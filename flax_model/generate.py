@@ -37,7 +37,7 @@ from torch_ref.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
 
 Cache = Float[Array, "layers batch slots cached"]
-"""Per layer, row and slot: the normed latent, then the rotated key."""
+"""Per layer, row and slot: the normed latent, then the rotated key. While decoding, as `bits`."""
 
 
 def prefill(
@@ -111,23 +111,22 @@ def decode(
 
 
 def as_bits(params: Tree) -> Tree:
-    """Parameters with the bfloat16 weights of layers as integers of the same bits, for `read`. XLA's CPU backend has no
-    slice of 16-bit floats: it would widen the whole array ahead of the loop over tokens, and read twice the bytes."""
-    if jax.default_backend() != "cpu":
-        return params
-    return {
-        name: tree if name in ("embed_tokens", "norm") else jax.tree.map(_bits, tree) for name, tree in params.items()
-    }
+    """Parameters with the weights of layers as `bits`."""
+    whole = ("embed_tokens", "norm")
+    return {name: tree if name in whole else jax.tree.map(jax.jit(bits), tree) for name, tree in params.items()}
 
 
-@jax.jit
-def _bits(weight: Array) -> Array:
-    return jax.lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
+def bits(x: Array) -> Array:
+    """A bfloat16 array as integers of the same bits, for `read`, and others as they are. XLA's CPU backend has no slice
+    of 16-bit floats: it would widen the whole array, for weights ahead of the loop over tokens, and read twice the
+    bytes."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if on_cpu and x.dtype == jnp.bfloat16 else x
 
 
-def read(weight: Array, *index: Int[Array, ""]) -> Array:
-    """weight[index] of parameters that have passed `as_bits`."""
-    part = weight[index]
+def read(array: Array, *index: Int[Array, ""]) -> Array:
+    """array[index] of what has passed `bits`."""
+    part = array[index]
     return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == jnp.uint16 else part
 
 
@@ -156,8 +155,8 @@ def attend_latents(
     Softmax in float32 or wider."""
     c = attention.config
     batch = x.shape[0]
-    cache = cache.at[layer, :, slot].set(jnp.concatenate(attention.latents(x, rope), axis=-1))
-    entries = cache[layer]
+    cache = cache.at[layer, :, slot].set(bits(jnp.concatenate(attention.latents(x, rope), axis=-1)))
+    entries = read(cache, layer)
     queries = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
     q_nope, q_rope = (q.swapaxes(0, 1) for q in queries)
     key, value = key_and_value_parts(attention.kv_b_proj.weight[...].astype(x.dtype), c)
@@ -365,7 +364,7 @@ def _start(
     inside = jnp.where(jnp.arange(prompt) < lengths[:, None], tokens, tokens[:, :1])
     seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], inside].set(True)
     new = jnp.zeros((batch, room), jnp.int32)
-    return Progress(logits, cache, seen, new, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0))
+    return Progress(logits, bits(cache), seen, new, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("prompt", "sampling", "compute"), donate_argnums=3)
