@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from flax_model.attention import Attention
 from flax_model.layers import SwiGLU, wide
@@ -36,7 +36,7 @@ from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
 
-Cache = Float[Array, "layers batch slots cached"]
+Cache = Num[Array, "layers batch slots cached"]
 """Per layer, row and slot: the normed latent, then the rotated key. While decoding, as `bits`."""
 
 
