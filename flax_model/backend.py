@@ -247,6 +247,7 @@ class FlaxBackend:
 
     def load_state(self, state: TrainingState) -> None:
         require_state(state, self.model_config)
+        self._compile_ahead()
         # Part by part, so that no second whole state exists; `state` may be this backend's own.
         self._state = self._state or {}
         params, biases = self._stack(state.weights)

@@ -120,6 +120,19 @@ def test_both_mains_give_the_same_numbers(settings: Path, x64: None) -> None:
         np.testing.assert_allclose(flax_weights[name], tensor.numpy(), rtol=0, atol=1e-8, err_msg=name)
 
 
+def test_both_mains_start_from_the_weights_of_a_run(settings: Path, x64: None) -> None:
+    pytest.importorskip("torch")
+    shared = ("--config", str(settings), "--dtype", "float64")
+    assert train("torch", *shared, "--run-dir", "first") == 0
+    for framework in MAINS:
+        assert train(framework, *shared, "--init-from", "first", "--seed", "7", "--run-dir", framework) == 0
+    assert steps("torch")[0]["loss"] < steps("first")[0]["loss"] - 0.2, "not random weights"
+    assert steps("torch")[0]["step"] == 1 and steps("torch")[0]["learning_rate"] == steps("first")[0]["learning_rate"]
+    for ours, theirs in zip(steps("flax"), steps("torch"), strict=True):
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9), (ours["step"], name)
+
+
 def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     settings: Path, framework: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

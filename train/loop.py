@@ -153,7 +153,6 @@ class Run:
             self.saved_step = self.step if own else None
             return f"Resuming from {checkpoint} at step {self.step}"
         if self.options.init_from:
-            self.backend.init(self.options.seed)
             self.backend.load_state(read_start(self.options.init_from, self.options.model))
             return f"Starting from the weights of {self.options.init_from}"
         self.backend.init(self.options.seed)
