@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,35 @@ def test_remat_is_the_cheapest_that_fits():
     assert off > experts > layers
     choices = [choose_remat(*sizes, available) for available in (None, off, off - 1, experts - 1, 0)]
     assert choices == ["off", "off", "experts", "layers", "layers"]
+
+
+def test_a_backend_that_rematerialises_returns_freed_blocks():
+    """Blocks of 8 MB between others that stay: freed, they leave the process."""
+    pytest.importorskip("torch")
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library's allocator")
+    program = """
+import sys, torch
+from pathlib import Path
+from parity_tests.backend_cases import COMPUTE, CONFIG, OPTIMIZER
+from dataclasses import replace
+from torch_ref.backend import TorchBackend
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.ones(2**22)  # 16 MB, freed: the allocator would keep blocks up to this size from here on
+TorchBackend(CONFIG, replace(COMPUTE, remat=sys.argv[1]), OPTIMIZER, "cpu")
+blocks = [torch.ones(2**21) for _ in range(40)]
+before = resident()
+del blocks[::2]
+print(before - resident())
+"""
+    returned = {
+        remat: int(subprocess.run([sys.executable, "-c", program, remat], check=True, capture_output=True).stdout)
+        for remat in ("off", "experts")
+    }
+    assert returned["experts"] > 150e6 > 20e6 > returned["off"]
 
 
 def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.device import describe, fused_adamw, resolve_compute, resolve_device
 from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
-from torch_ref.memory import require_host_memory
+from torch_ref.memory import require_host_memory, return_freed_blocks
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.parameters import initial_values, parameter_table
@@ -58,6 +58,8 @@ class TorchBackend:
         self.model_config = model_config
         self.compute = resolve_compute(compute, self._device)
         self.optimizer_config = optimizer
+        if self.compute.remat != "off" and self._device.type == "cpu":
+            return_freed_blocks()  # 16.2 -> 13.5 GB for `smol-774m`, for 7 % of the speed
         self.model = Model(model_config, self._device, getattr(torch, self.compute.param_dtype))
         self._table = parameter_table(model_config)
         self._tensors = self.model.state_dict(keep_vars=True)
