@@ -65,9 +65,10 @@ def torch_runner(dtype: str, values: Callable = case_values) -> Runner:
         prompt = tokens.shape[1]
         table = make_rope(CONFIG, prompt + new.shape[1], getattr(torch, dtype), tokens.device)
         logits, cache = generate.prefill(model, tokens, lengths, prompt + new.shape[1], compute)
+        absorbed = [generate.absorb(block, getattr(torch, dtype)) for block in model.layers]
         steps = [logits]
         for step in range(new.shape[1]):
-            steps.append(generate.decode(model, new[:, step], cache, prompt, lengths, step, table, compute))
+            steps.append(generate.decode(model, absorbed, new[:, step], cache, prompt, lengths, step, table, compute))
         return torch.stack(steps, 1).numpy()
 
     def run(prompts, sampling, seed=0, on_token=None):

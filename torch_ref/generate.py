@@ -1,9 +1,9 @@
 """Generation with a cache of latents.
 
 - the cache holds 112 values a token and layer (`smol-774m`): the normed latent, and the rotated key that heads share
-- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent, the
-  query passes through the key part of `kv_b_proj`, attention runs on the latents themselves, and its result passes
-  through the value part
+- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent,
+  attention runs on the latents themselves; the key part of `kv_b_proj` is multiplied into the queries' weights once,
+  before the first token, and its value part into those of `o_proj`
 - prompts run through the training forward pass; of different lengths, they are padded on the right and masked
 - a new token reads the weights of the chosen experts alone
 - repetition penalty, temperature, top-k, top-p and min-p in the order and with the meaning of `transformers`
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,19 +25,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_ref.attention import Attention
-from torch_ref.config import ComputeConfig, ModelConfig
+from torch_ref.config import ComputeConfig
 from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
-from torch_ref.layers import wide
+from torch_ref.layers import RMSNorm, product, wide
 from torch_ref.model import Block, Model
 from torch_ref.moe import EXPERT_PATHS, Experts, Routing
-from torch_ref.rotary import Rope, make_rope
+from torch_ref.rotary import Rope, apply_rope, make_rope
 
 Cache = Float[Tensor, "layers batch slots cached"]
 """Per layer, row and slot: the normed latent, then the rotated key."""
 
 SLOTS_TOGETHER = 256
-"""Attention reads the cache up to a multiple of this, since MPS keeps memory for every shape that it has met."""
+"""Off the CPU attention reads the cache up to a multiple of this: MPS keeps memory for every shape that it has met."""
 
 
 def prefill(
@@ -64,6 +65,7 @@ def prefill(
 
 def decode(
     model: Model,
+    absorbed: list[Absorbed],
     token: Int[Tensor, " batch"],
     cache: Cache,
     prompt: int,
@@ -75,6 +77,7 @@ def decode(
     """Run new token number `step` of each row through the model, and write it into the cache.
 
     Args:
+        absorbed: `absorb` of each layer.
         prompt: width of the padded prompts, `lengths` those of the prompts themselves.
         table: the rotary table of all positions.
 
@@ -82,62 +85,122 @@ def decode(
     """
     dtype = getattr(torch, compute.dtype)
     slot = prompt + step
-    width = min(-(-(slot + 1) // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
+    width = slot + 1
+    if token.device.type != "cpu":
+        width = min(-(-width // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
     slots = torch.arange(width, device=token.device)
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
+    mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))[:, None]
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
     x = F.embedding(token.long(), model.embed_tokens.weight).to(dtype)
-    for layer, block in zip(cache, model.layers, strict=True):
-        x = x + attend_latents(block.attention, block.input_norm(x), rope, layer[:, :width], slot, visible)
-        x = x + feed_forward(block, block.post_attention_norm(x), compute)
+    for layer, block, weights in zip(cache, model.layers, absorbed, strict=True):
+        x = x + attend_latents(block.attention, weights, weights.input_norm(x), rope, layer[:, :width], slot, mask)
+        x = x + feed_forward(block, weights.post_attention_norm(x), compute)
     return model.logits(model.norm(x))
+
+
+class Norm(NamedTuple):
+    """RMSNorm as x / hypot(|x|, floor) * weight. The same values from four operations instead of nine: for one token
+    their number counts, and not their size."""
+
+    weight: Float[Tensor, " features"]
+    """Times the square root of their number n."""
+    floor: Float[Tensor, ""]
+    """sqrt(n eps)"""
+
+    @classmethod
+    def of(cls, norm: RMSNorm, dtype: torch.dtype) -> Norm:
+        weight, size = wide(norm.weight.to(dtype)), len(norm.weight)
+        return cls(weight * size**0.5, weight.new_tensor((size * norm.eps) ** 0.5))
+
+    def __call__(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch features"]:
+        x_wide = wide(x)
+        length = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        return (x_wide / torch.hypot(length, self.floor) * self.weight).to(x.dtype)
+
+
+class Absorbed(NamedTuple):
+    """What decoding reads of a layer in a form of its own. `kv_b_proj` is absorbed by the maps before and after it, so
+    the new token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the
+    residual stream."""
+
+    input_norm: Norm
+    query: Float[Tensor, "heads_cached inputs"]
+    """Includes the scale of the softmax."""
+    latent_norm: Norm
+    out: Float[Tensor, "hidden heads_latent"]
+    post_attention_norm: Norm
+
+
+def absorb(block: Block, dtype: torch.dtype) -> Absorbed:
+    """Weights enter in `dtype`, the compute dtype, as elsewhere; their products are taken in float32 or wider, and
+    rounded to it."""
+    attention = block.attention
+    c = attention.config
+    to_queries = attention.q_proj if c.q_lora_rank is None else attention.q_b_proj
+    q, kv, o = (wide(linear.weight.to(dtype)) for linear in (to_queries, attention.kv_b_proj, attention.o_proj))
+    q = q.unflatten(0, (c.num_kv_heads, -1, c.qk_head_dim))
+    kv = kv.unflatten(0, (c.num_kv_heads, -1))
+    o = o.unflatten(1, (c.num_kv_heads, -1, c.v_head_dim))
+    q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=2)
+    key, value = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
+    query = torch.cat((torch.einsum("kgni,knl->kgli", q_nope, key), q_rope), dim=2) * c.softmax_scale
+    out = torch.einsum("okgv,kvl->okgl", o, value)
+    return Absorbed(
+        Norm.of(block.input_norm, dtype),
+        query.flatten(0, 2).to(dtype),
+        Norm.of(attention.kv_a_norm, dtype),
+        out.flatten(1).to(dtype),
+        Norm.of(block.post_attention_norm, dtype),
+    )
 
 
 def attend_latents(
     attention: Attention,
+    absorbed: Absorbed,
     x: Float[Tensor, "batch hidden"],
     rope: Rope,
     cache: Float[Tensor, "batch slots cached"],
     slot: int,
-    visible: Bool[Tensor, "batch slots"],
+    mask: Float[Tensor, "batch 1 slots"],
 ) -> Float[Tensor, "batch hidden"]:
-    """Attention of one new token per row to the visible slots. Its own entry is written into `slot`. Softmax in
-    float32 or wider."""
+    """Attention of one new token per row to the slots whose mask is 0, and not -inf. Its own entry is written into
+    `slot`. Softmax in float32 or wider."""
     c = attention.config
-    cache[:, slot] = torch.cat(attention.latents(x, rope), dim=-1)
-    q_nope, q_rope = (q.unflatten(1, (c.num_kv_heads, -1)) for q in attention.queries(x, rope))
-    key, value = key_and_value_parts(attention.kv_b_proj.weight.to(x.dtype), c)
-    q = torch.cat((by_kv_head(q_nope, key), q_rope), dim=-1).flatten(1, 2)
-    scores = wide(q @ cache.transpose(1, 2)) * c.softmax_scale
-    probabilities = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1).to(x.dtype)
-    latent = (probabilities @ cache[..., : c.kv_lora_rank]).unflatten(1, (c.num_kv_heads, -1))
-    return attention.o_proj(by_kv_head(latent, value.transpose(1, 2)).flatten(1))
-
-
-def by_kv_head(
-    x: Float[Tensor, "batch kv_heads group inputs"], weight: Float[Tensor, "kv_heads inputs outputs"]
-) -> Float[Tensor, "batch kv_heads group outputs"]:
-    """x @ weight, one product for each K/V head over the rows of the whole batch."""
-    return (x.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (len(x), -1)).transpose(0, 1)
-
-
-def key_and_value_parts(
-    weight: Float[Tensor, "rows latent"], config: ModelConfig
-) -> tuple[Float[Tensor, "kv_heads nope latent"], Float[Tensor, "kv_heads vdim latent"]]:
-    """`kv_b_proj` as the maps from a latent to each K/V head's keys and to its values."""
-    per_head = weight.unflatten(0, (config.num_kv_heads, -1))
-    return per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+    q = x if c.q_lora_rank is None else attention.q_a_norm(attention.q_a_proj(x))
+    # The queries of all heads, and the new entry of the cache, which has the same two parts as they.
+    vectors = torch.cat((product(q, absorbed.query), product(x, attention.kv_a_proj.weight)), dim=-1)
+    vectors = vectors.unflatten(-1, (-1, c.cache_values_per_token))
+    latent, rotary = vectors.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+    rotary = apply_rope(rotary, rope)
+    cache[:, slot] = torch.cat((absorbed.latent_norm(latent[:, -1]), rotary[:, -1]), dim=-1)
+    q = torch.cat((latent[:, :-1], rotary[:, :-1]), dim=-1)
+    probabilities = wide(torch.baddbmm(mask, q, cache.transpose(1, 2))).softmax(-1).to(x.dtype)
+    return product((probabilities @ cache[..., : c.kv_lora_rank]).flatten(1), absorbed.out)
 
 
 def feed_forward(
     block: Block, x: Float[Tensor, "batch hidden"], compute: ComputeConfig
 ) -> Float[Tensor, "batch hidden"]:
     """The MLP of a block for one new token per row: what `MoE` computes, without its reports."""
+    mlp = block.mlp
     if block.dense:
-        return block.mlp(x)
-    moe = block.mlp
-    out = chosen_experts(moe.experts, x, moe.router(x), compute)
-    return out + moe.shared_expert(x) if moe.config.n_shared_experts else out
+        return mlp(x)
+    out = chosen_experts(mlp.experts, x, mlp.router(x), compute)
+    if mlp.config.n_shared_experts:
+        shared = mlp.shared_expert
+        out += swiglu(x, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+    return out
+
+
+def swiglu(
+    x: Float[Tensor, "rows hidden"],
+    gate: Float[Tensor, "ffn hidden"],
+    up: Float[Tensor, "ffn hidden"],
+    down: Float[Tensor, "hidden ffn"],
+) -> Float[Tensor, "rows hidden"]:
+    """`SwiGLU` without its modules, whose calls take as long as the sums around a product."""
+    return product(F.silu(product(x, gate)) * product(x, up), down)
 
 
 def chosen_experts(
@@ -148,17 +211,22 @@ def chosen_experts(
     gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
     if x.device.type != "cpu":
         return EXPERT_PATHS[compute.moe](x, routing, gate, up, down, False)
+
+    def run_expert(rows: Tensor, expert: int) -> Tensor:
+        return swiglu(rows, gate[expert], up[expert], down[expert])
+
+    weights = routing.weights.to(x.dtype)
+    if len(x) == 1:  # nothing to sort
+        return weights @ torch.cat([run_expert(x, expert) for expert in routing.chosen[0].tolist()])
     chosen = routing.chosen.flatten()
     order = chosen.argsort(stable=True)
     row = order // routing.chosen.shape[1]
-    sorted_x, weights = x[row], routing.weights.flatten()[order, None].to(x.dtype)
+    sorted_x = x[row]
     out, end = [], 0
     for expert, same in groupby(chosen[order].tolist()):
         start, end = end, end + len(list(same))
-        g, u, d = (weight[expert].to(x.dtype) for weight in (gate, up, down))
-        mine = sorted_x[start:end]
-        out.append(F.linear(F.silu(F.linear(mine, g)) * F.linear(mine, u) * weights[start:end], d))
-    return torch.zeros_like(x).index_add_(0, row, torch.cat(out))
+        out.append(run_expert(sorted_x[start:end], expert))
+    return torch.zeros_like(x).index_add_(0, row, torch.cat(out) * weights.flatten()[order, None])
 
 
 def filter_logits(
@@ -245,6 +313,7 @@ def generate(
         row[torch.tensor(ids, device=device)] = True
 
     logits, cache = prefill(model, tokens, lengths, prompt + sampling.max_new_tokens, compute)
+    absorbed = [absorb(block, getattr(torch, compute.dtype)) for block in model.layers]
     texts: list[list[int]] = [[] for _ in prompts]
     running = [True] * batch
     for step in range(sampling.max_new_tokens):
@@ -259,5 +328,5 @@ def generate(
             on_token([number if alive else None for alive, number in zip(running, ids, strict=True)])
         if not any(running) or step + 1 == sampling.max_new_tokens:
             break
-        logits = decode(model, token, cache, prompt, lengths, step, table, compute)
+        logits = decode(model, absorbed, token, cache, prompt, lengths, step, table, compute)
     return texts

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`x` in float32, or in float64 where it already is: the dtype of norms, routing, softmax and losses."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 HALF_PRODUCTS_ON_CPU = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
@@ -32,10 +32,13 @@ def for_product(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def product(
-    a: Float[Tensor, "*batch rows inner"], b: Float[Tensor, "inner columns"]
-) -> Float[Tensor, "*batch rows columns"]:
-    """a @ b, in the dtype of `a`. Few rows, as in decoding, cost what reading `b` costs: it stays as it is."""
-    return a @ b if a.shape[-2] < FEW_ROWS else (for_product(a) @ for_product(b)).to(a.dtype)
+    x: Float[Tensor, "*batch rows inputs"], weight: Float[Tensor, "outputs inputs"]
+) -> Float[Tensor, "*batch rows outputs"]:
+    """x @ weight.T in the dtype of `x`. Few rows, as in decoding, cost what reading the weight costs: it stays as it
+    is."""
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    return F.linear(x, weight) if x.shape[-2] < FEW_ROWS else F.linear(for_product(x), for_product(weight)).to(x.dtype)
 
 
 def rms_norm(
@@ -55,7 +58,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        return product(x, self.weight.to(x.dtype).T)
+        return product(x, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -180,8 +180,9 @@ def grouped_product(
     ends: Int[Tensor, " experts"] | None,
 ) -> Float[Tensor, "rows outputs"]:
     """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]; without `ends`, for the only expert."""
-    weight = weight.to(rows.dtype)
-    return product(rows, weight[0].T) if ends is None else F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    if ends is None:
+        return product(rows, weight[0])
+    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
 
 
 def grouped_outer(
