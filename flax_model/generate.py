@@ -1,9 +1,9 @@
 """Generation with a cache of latents.
 
 - the cache holds 112 values a token and layer (`smol-774m`): the normed latent, and the rotated key that heads share
-- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent, the
-  query passes through the key part of `kv_b_proj`, attention runs on the latents themselves, and its result passes
-  through the value part
+- absorbed decoding (DeepSeek-V2, section 2.1.2): instead of expanding keys and values from every cached latent,
+  attention runs on the latents themselves; the key part of `kv_b_proj` is multiplied into the queries' weights once,
+  before the first token, and its value part into those of `o_proj`
 - prompts run through the training forward pass; of different lengths, they are padded on the right and masked
 - a new token reads the weights of the chosen experts alone
 - repetition penalty, temperature, top-k, top-p and min-p in the order and with the meaning of `transformers`
@@ -25,19 +25,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from flax_model.attention import Attention
 from flax_model.layers import SwiGLU, wide
 from flax_model.model import Block, Model, Tree, merge, split
 from flax_model.moe import Experts, Routing, count_experts
-from flax_model.rotary import Rope, make_rope
-from torch_ref.config import ComputeConfig, ModelConfig
+from flax_model.rotary import Rope, apply_rope, make_rope
+from torch_ref.config import ComputeConfig
 from torch_ref.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
 
-Cache = Num[Array, "layers batch slots cached"]
-"""Per layer, row and slot: the normed latent, then the rotated key. While decoding, as `bits`."""
+Cache = Num[Array, "layers batch cached slots"]
+"""Per layer, row and slot: the normed latent, then the rotated key. Slots are last: XLA's CPU backend would otherwise
+transpose what it reads for the scores. While decoding, as `bits`."""
 
 
 def prefill(
@@ -59,13 +61,14 @@ def prefill(
             return block(x, rope, compute)[0], cached
 
         x, cached = jax.lax.scan(one_layer, x, state)
-        caches.append(jnp.pad(cached, ((0, 0), (0, 0), (0, slots - prompt), (0, 0))))
+        caches.append(jnp.pad(cached.swapaxes(2, 3), ((0, 0), (0, 0), (0, 0), (0, slots - prompt))))
     last = x[jnp.arange(batch), lengths - 1]
     return model.logits(model.norm(last)), jnp.concatenate(caches)
 
 
 def decode(
     model: Model,
+    absorbed: list[Absorbed],
     token: Int[Array, " batch"],
     cache: Cache,
     prompt: int,
@@ -77,29 +80,32 @@ def decode(
     """Run new token number `step` of each row through the model, and write it into the cache.
 
     Args:
+        absorbed: `absorb` of the attention of each of the `stacks`, as `bits`.
         prompt: width of the padded prompts, `lengths` those of the prompts themselves.
         table: the rotary table of all positions.
 
     Returns the scores of the next token, and the cache.
     """
     slot = prompt + step
-    slots = jnp.arange(cache.shape[2])
+    slots = jnp.arange(cache.shape[3])
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
     # Tied to the token, so that XLA does not widen a bfloat16 embedding ahead of the loop that this runs in.
     embedding, token = jax.lax.optimization_barrier((model.embed_tokens.weight[...], token))
     x = embedding[token].astype(compute.dtype)
     first = 0
-    for stacked in stacks(model):
+    for stacked, weights in zip(stacks(model), absorbed, strict=True):
         graphdef, state = nnx.split(stacked)
         layers = jax.tree.leaves(state)[0].shape[0]
 
         # By number, and not as a scan over the weights, which would copy every layer's before it is read.
-        def one_layer(layer, carry, graphdef=graphdef, state=state, stacked=stacked, first=first):
+        def one_layer(layer, carry, graphdef=graphdef, state=state, stacked=stacked, weights=weights, first=first):
             x, cache = carry
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf: read(leaf, layer), state))
+            normed = materialized(block.input_norm(x), step)
+            attention = Absorbed(*(read(weight, layer) for weight in weights))
             attended, cache = attend_latents(
-                block.attention, materialized(block.input_norm(x), step), rope, cache, first + layer, slot, visible
+                block.attention, attention, normed, rope, cache, first + layer, slot, visible
             )
             x = x + attended
             normed = materialized(block.post_attention_norm(x), step)
@@ -142,8 +148,39 @@ def stacks(model: Model) -> list[Block]:
     return [getattr(model, name) for name in ("dense_layers", "layers") if hasattr(model, name)]
 
 
+class Absorbed(NamedTuple):
+    """Attention weights of all layers of a stack, `kv_b_proj` absorbed by the maps before and after it: the new
+    token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the residual
+    stream."""
+
+    query: Num[Array, "layers heads_cached inputs"]
+    """Includes the scale of the softmax."""
+    out: Num[Array, "layers hidden heads_latent"]
+
+
+def absorb(attention: Attention, dtype: DTypeLike) -> Absorbed:
+    """Of the stacked attention of several layers. Weights enter in `dtype`, the compute dtype, as elsewhere; their
+    products are taken in float32 or wider, and rounded to it."""
+    c = attention.config
+    to_queries = attention.q_proj if c.q_lora_rank is None else attention.q_b_proj
+    linears = (to_queries, attention.kv_b_proj, attention.o_proj)
+    q, kv, o = (wide(linear.weight[...].astype(dtype)) for linear in linears)
+    layers, kv_heads = len(q), c.num_kv_heads
+    q = q.reshape(layers, kv_heads, -1, c.qk_head_dim, q.shape[-1])
+    kv = kv.reshape(layers, kv_heads, -1, c.kv_lora_rank)
+    o = o.reshape(layers, c.hidden_size, kv_heads, -1, c.v_head_dim)
+    q_nope, q_rope = jnp.split(q, (c.qk_nope_head_dim,), axis=3)
+    key, value = jnp.split(kv, (c.qk_nope_head_dim,), axis=2)
+    query = jnp.concatenate((jnp.einsum("ykgni,yknl->ykgli", q_nope, key), q_rope), axis=3) * c.softmax_scale
+    out = jnp.einsum("yokgv,ykvl->yokgl", o, value)
+    return Absorbed(
+        query.reshape(layers, -1, q.shape[-1]).astype(dtype), out.reshape(layers, c.hidden_size, -1).astype(dtype)
+    )
+
+
 def attend_latents(
     attention: Attention,
+    absorbed: Absorbed,
     x: Float[Array, "batch hidden"],
     rope: Rope,
     cache: Cache,
@@ -151,29 +188,24 @@ def attend_latents(
     slot: Int[Array, ""],
     visible: Bool[Array, "batch slots"],
 ) -> tuple[Float[Array, "batch hidden"], Cache]:
-    """Attention of one new token per row to the visible slots. Its own entry is written into `slot` of `layer`.
-    Softmax in float32 or wider."""
+    """Attention of one new token per row to the visible slots. `absorbed` is that of the layer. The token's own entry
+    is written into `slot` of `layer`. Softmax in float32 or wider."""
     c = attention.config
     batch = x.shape[0]
-    cache = cache.at[layer, :, slot].set(bits(jnp.concatenate(attention.latents(x, rope), axis=-1)))
+    q = x if c.q_lora_rank is None else attention.q_a_norm(attention.q_a_proj(x))
+    # The queries of all heads, and the new entry of the cache, which has the same two parts as they.
+    vectors = jnp.concatenate((q @ absorbed.query.T, attention.kv_a_proj(x)), axis=-1)
+    vectors = vectors.reshape(batch, -1, c.cache_values_per_token)
+    latent, rotary = jnp.split(vectors, (c.kv_lora_rank,), axis=-1)
+    rotary = apply_rope(rotary, rope)
+    entry = jnp.concatenate((attention.kv_a_norm(latent[:, -1]), rotary[:, -1]), axis=-1)
+    cache = cache.at[layer, :, :, slot].set(bits(entry))
     entries = read(cache, layer)
-    queries = (q.reshape(batch, c.num_kv_heads, -1, q.shape[-1]) for q in attention.queries(x, rope))
-    q_nope, q_rope = (q.swapaxes(0, 1) for q in queries)
-    key, value = key_and_value_parts(attention.kv_b_proj.weight[...].astype(x.dtype), c)
-    q = jnp.concatenate((jnp.einsum("kbgn,knl->kbgl", q_nope, key), q_rope), axis=-1)
-    scores = wide(jnp.einsum("kbgc,bsc->bkgs", q, entries)) * c.softmax_scale
-    probabilities = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
-    latent = jnp.einsum("bkgs,bsl->bkgl", probabilities, entries[..., : c.kv_lora_rank])
-    out = jnp.einsum("bkgl,kvl->kbgv", latent, value).swapaxes(0, 1).reshape(batch, -1)
-    return attention.o_proj(materialized(out, slot)), cache
-
-
-def key_and_value_parts(
-    weight: Float[Array, "rows latent"], config: ModelConfig
-) -> tuple[Float[Array, "kv_heads nope latent"], Float[Array, "kv_heads vdim latent"]]:
-    """`kv_b_proj` as the maps from a latent to each K/V head's keys and to its values."""
-    per_head = weight.reshape(config.num_kv_heads, -1, config.kv_lora_rank)
-    return per_head[:, : config.qk_nope_head_dim], per_head[:, config.qk_nope_head_dim :]
+    q = jnp.concatenate((latent[:, :-1], rotary[:, :-1]), axis=-1)
+    scores = wide(jnp.einsum("bhc,bcs->bhs", q, entries))
+    probabilities = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
+    latent = jnp.einsum("bhs,bcs->bhc", probabilities, entries)[..., : c.kv_lora_rank]
+    return materialized(latent.reshape(batch, -1), slot) @ absorbed.out.T, cache
 
 
 def feed_forward(
@@ -315,7 +347,8 @@ def generate(
     graphdef, params, biases = split(model)
 
     progress = _start(graphdef, params, biases, tokens, lengths, room, compute)
-    run = partial(_run, graphdef, as_bits(params), biases, lengths=lengths, uniforms=jnp.asarray(uniforms))
+    absorbed = _absorb(graphdef, params, biases, compute.dtype)
+    run = partial(_run, graphdef, as_bits(params), biases, absorbed, lengths=lengths, uniforms=jnp.asarray(uniforms))
     settings = {"prompt": prompt, "sampling": replace(sampling, max_new_tokens=room), "compute": compute}
     if on_token is None:
         progress = run(progress, limit=limit, **settings)
@@ -367,11 +400,19 @@ def _start(
     return Progress(logits, bits(cache), seen, new, jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("prompt", "sampling", "compute"), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 3))
+def _absorb(graphdef: nnx.GraphDef, params: Tree, biases: Tree, dtype: str) -> list[Absorbed]:
+    """`absorb` of each of the `stacks`, as `bits`."""
+    absorbed = [absorb(stacked.attention, dtype) for stacked in stacks(merge(graphdef, params, biases))]
+    return jax.tree.map(bits, absorbed)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("prompt", "sampling", "compute"), donate_argnums=4)
 def _run(
     graphdef: nnx.GraphDef,
     params: Tree,
     biases: Tree,
+    absorbed: list[Absorbed],
     progress: Progress,
     *,
     lengths: Int[Array, " batch"],
@@ -396,7 +437,7 @@ def _run(
             running &= token != sampling.stop_token
         tokens = tokens.at[:, step].set(token)
         seen = seen.at[rows, token].set(True)
-        logits, cache = decode(model, token, cache, prompt, lengths, step, table, compute)
+        logits, cache = decode(model, absorbed, token, cache, prompt, lengths, step, table, compute)
         return Progress(logits, cache, seen, tokens, counts + running, running, step + 1)
 
     return jax.lax.while_loop(unfinished, one_token, progress)

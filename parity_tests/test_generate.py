@@ -109,9 +109,11 @@ def flax_runner(dtype: str, values: Callable = case_values) -> Runner:
 
     @jax.jit
     def following(params, token, cache, lengths, step):
+        model = model_of(params)
+        absorbed = [generate.absorb(stacked.attention, dtype) for stacked in generate.stacks(model)]
         table = make_rope(CONFIG, CONFIG.max_position, compute.dtype)
-        prompt = cache.shape[2] - NEW
-        return generate.decode(model_of(params), token, cache, prompt, lengths, step, table, compute)
+        prompt = cache.shape[3] - NEW
+        return generate.decode(model, absorbed, token, cache, prompt, lengths, step, table, compute)
 
     def cached(tokens, lengths, new):
         logits, cache = first(params, tokens, lengths)
@@ -350,7 +352,8 @@ def test_flax_decoding_copies_no_weights(dtype):
         _, params, biases = split(Model(config))
         params = generate.cast_weights(params, compute)
         progress = generate._start(structure(config), params, biases, tokens, lengths, 16, compute)
-        return generate.as_bits(params), biases, progress
+        absorbed = generate._absorb(structure(config), params, biases, dtype)
+        return generate.as_bits(params), biases, absorbed, progress
 
     settings = {"limit": 16, "prompt": 16, "sampling": replace(GREEDY, max_new_tokens=16), "compute": compute}
     program = generate._run.lower(
