@@ -117,17 +117,24 @@ def decode(
 
 
 def as_bits(params: Tree) -> Tree:
-    """Parameters with the weights of layers as `bits`."""
+    """Parameters with the weights of layers as `bits`: views of them, where a compiled function would copy each."""
+
+    def view(leaf: Array) -> Array:
+        return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding) if needs_bits(leaf) else leaf
+
     whole = ("embed_tokens", "norm")
-    return {name: tree if name in whole else jax.tree.map(jax.jit(bits), tree) for name, tree in params.items()}
+    return {name: tree if name in whole else jax.tree.map(view, tree) for name, tree in params.items()}
 
 
 def bits(x: Array) -> Array:
     """A bfloat16 array as integers of the same bits, for `read`, and others as they are. XLA's CPU backend has no slice
     of 16-bit floats: it would widen the whole array, for weights ahead of the loop over tokens, and read twice the
     bytes."""
-    on_cpu = jax.default_backend() == "cpu"
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if on_cpu and x.dtype == jnp.bfloat16 else x
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if needs_bits(x) else x
+
+
+def needs_bits(x: Array) -> bool:
+    return jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
 
 
 def read(array: Array, *index: Int[Array, ""]) -> Array:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
 
 from parity_tests.cases import CONFIG, case_values
-from torch_ref.config import ComputeConfig
+from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.decoding import bucket, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling, UserError
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-5}
+MODELS = {"latent queries": CONFIG, "plain queries": replace(CONFIG, q_lora_rank=None)}
 LENGTHS = (19, 1, 33)
 NEW = 12
 GREEDY = Sampling(max_new_tokens=24, greedy=True, stop_token=None)
@@ -41,11 +43,11 @@ def framework(request):
     return request.param
 
 
-def make_runner(framework: str, dtype: str) -> Runner:
-    return {"torch": torch_runner, "flax": flax_runner}[framework](dtype)
+def make_runner(framework: str, dtype: str, config: ModelConfig = CONFIG) -> Runner:
+    return {"torch": torch_runner, "flax": flax_runner}[framework](dtype, config=config)
 
 
-def torch_runner(dtype: str, values: Callable = case_values) -> Runner:
+def torch_runner(dtype: str, values: Callable = case_values, config: ModelConfig = CONFIG) -> Runner:
     import torch
 
     from torch_ref import generate
@@ -53,7 +55,7 @@ def torch_runner(dtype: str, values: Callable = case_values) -> Runner:
     from torch_ref.rotary import make_rope
 
     compute = ComputeConfig(dtype=dtype, attention="sdpa", moe="grouped")
-    model = Model(CONFIG, dtype=getattr(torch, compute.param_dtype)).load_values(values(CONFIG))
+    model = Model(config, dtype=getattr(torch, compute.param_dtype)).load_values(values(config))
 
     @torch.no_grad()
     def full(tokens):
@@ -63,7 +65,7 @@ def torch_runner(dtype: str, values: Callable = case_values) -> Runner:
     def cached(tokens, lengths, new):
         tokens, lengths, new = map(torch.from_numpy, (tokens, lengths, new))
         prompt = tokens.shape[1]
-        table = make_rope(CONFIG, prompt + new.shape[1], getattr(torch, dtype), tokens.device)
+        table = make_rope(config, prompt + new.shape[1], getattr(torch, dtype), tokens.device)
         logits, cache = generate.prefill(model, tokens, lengths, prompt + new.shape[1], compute)
         absorbed = [generate.absorb(block, getattr(torch, dtype)) for block in model.layers]
         steps = [logits]
@@ -77,7 +79,7 @@ def torch_runner(dtype: str, values: Callable = case_values) -> Runner:
     return Runner(full, cached, run)
 
 
-def flax_runner(dtype: str, values: Callable = case_values) -> Runner:
+def flax_runner(dtype: str, values: Callable = case_values, config: ModelConfig = CONFIG) -> Runner:
     import jax
 
     from flax_model import generate
@@ -86,7 +88,7 @@ def flax_runner(dtype: str, values: Callable = case_values) -> Runner:
 
     compute = ComputeConfig(dtype=dtype, attention="blocked", moe="grouped")
     with jax.enable_x64(dtype == "float64"):
-        graphdef, params, biases = from_values(CONFIG, values(CONFIG), np.dtype(compute.param_dtype))
+        graphdef, params, biases = from_values(config, values(config), np.dtype(compute.param_dtype))
 
     def model_of(params):
         return merge(graphdef, params, biases)
@@ -111,7 +113,7 @@ def flax_runner(dtype: str, values: Callable = case_values) -> Runner:
     def following(params, token, cache, lengths, step):
         model = model_of(params)
         absorbed = [generate.absorb(stacked.attention, dtype) for stacked in generate.stacks(model)]
-        table = make_rope(CONFIG, CONFIG.max_position, compute.dtype)
+        table = make_rope(config, config.max_position, compute.dtype)
         prompt = cache.shape[3] - NEW
         return generate.decode(model, absorbed, token, cache, prompt, lengths, step, table, compute)
 
@@ -137,20 +139,19 @@ def runner(framework):
 
 @pytest.fixture(scope="module")
 def logits():
-    """By framework and dtype, the cached and the uncached logits of every new token, in rows of different lengths."""
-    made = {}
+    """By framework, dtype and model, the cached and the uncached logits of every new token, in rows of different
+    lengths."""
 
-    def get(framework: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-        if (framework, dtype) not in made:
-            run = make_runner(framework, dtype)
-            prompts, new = prompts_of(*LENGTHS), np.array(prompts_of(*[NEW] * len(LENGTHS), seed=1), np.int32)
-            width = max(LENGTHS)
-            cached = run.cached(pad_prompts(prompts, width + 3), np.array(LENGTHS, np.int32), new)
-            rows = [prompt + tokens.tolist() for prompt, tokens in zip(prompts, new, strict=True)]
-            full = run.full(pad_prompts(rows, width + NEW))
-            uncached = [row[length - 1 : length + NEW] for row, length in zip(full, LENGTHS, strict=True)]
-            made[framework, dtype] = cached, np.stack(uncached)
-        return made[framework, dtype]
+    @cache
+    def get(framework: str, dtype: str, model: str) -> tuple[np.ndarray, np.ndarray]:
+        run = make_runner(framework, dtype, MODELS[model])
+        prompts, new = prompts_of(*LENGTHS), np.array(prompts_of(*[NEW] * len(LENGTHS), seed=1), np.int32)
+        width = max(LENGTHS)
+        cached = run.cached(pad_prompts(prompts, width + 3), np.array(LENGTHS, np.int32), new)
+        rows = [prompt + tokens.tolist() for prompt, tokens in zip(prompts, new, strict=True)]
+        full = run.full(pad_prompts(rows, width + NEW))
+        uncached = [row[length - 1 : length + NEW] for row, length in zip(full, LENGTHS, strict=True)]
+        return cached, np.stack(uncached)
 
     return get
 
@@ -160,19 +161,21 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_cached_logits_are_the_uncached_ones(framework, dtype, logits):
-    cached, uncached = logits(framework, dtype)
+def test_cached_logits_are_the_uncached_ones(framework, dtype, model, logits):
+    cached, uncached = logits(framework, dtype, model)
     assert cached.dtype == dtype
     for position in range(1 + NEW):
         assert relative(cached[:, position], uncached[:, position]) <= BOUNDS[dtype], f"new token {position}"
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_cached_logits_of_both_frameworks(dtype, logits):
+def test_cached_logits_of_both_frameworks(dtype, model, logits):
     pytest.importorskip("torch")
     pytest.importorskip("jax")
-    assert relative(logits("flax", dtype)[0], logits("torch", dtype)[0]) <= BOUNDS[dtype]
+    assert relative(logits("flax", dtype, model)[0], logits("torch", dtype, model)[0]) <= BOUNDS[dtype]
 
 
 def test_a_prompt_in_a_batch_is_continued_as_alone(runner):
@@ -342,22 +345,22 @@ def test_flax_decoding_copies_no_weights(dtype):
     import jax.numpy as jnp
 
     from flax_model import generate
-    from flax_model.model import Model, split, structure
+    from flax_model.model import from_values
 
     config = replace(CONFIG, hidden_size=128, moe_intermediate_size=1024, vocab_size=2048)
     compute = ComputeConfig(dtype=dtype, attention="blocked", moe="grouped")
     tokens, lengths = jnp.zeros((1, 16), jnp.int32), jnp.ones(1, jnp.int32)
 
-    def request():
-        _, params, biases = split(Model(config))
-        params = generate.cast_weights(params, compute)
-        progress = generate._start(structure(config), params, biases, tokens, lengths, 16, compute)
-        absorbed = generate._absorb(structure(config), params, biases, dtype)
-        return generate.as_bits(params), biases, absorbed, progress
-
+    graphdef, params, biases = from_values(config, case_values(config))
+    params = generate.cast_weights(params, compute)
+    progress = generate._start(graphdef, params, biases, tokens, lengths, 16, compute)
+    absorbed = generate._absorb(graphdef, params, biases, dtype)
     settings = {"limit": 16, "prompt": 16, "sampling": replace(GREEDY, max_new_tokens=16), "compute": compute}
+    weights = generate.as_bits(params)
+    for ours, whole in zip(jax.tree.leaves(weights), jax.tree.leaves(params), strict=True):
+        assert ours.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer()
     program = generate._run.lower(
-        structure(config), *jax.eval_shape(request), lengths=lengths, uniforms=jnp.zeros((1, 16)), **settings
+        graphdef, weights, biases, absorbed, progress, lengths=lengths, uniforms=jnp.zeros((1, 16)), **settings
     )
     matrix = config.hidden_size * config.moe_intermediate_size * jnp.dtype(dtype).itemsize
     assert program.compile().memory_analysis().temp_size_in_bytes < matrix
