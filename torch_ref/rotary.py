@@ -32,7 +32,7 @@ def make_rope(config: ModelConfig, length: int, dtype: torch.dtype, device: torc
 
 def apply_rope(x: Float[Tensor, "*batch heads rope"], rope: Rope) -> Float[Tensor, "*batch heads rope"]:
     """Turn each pair (x[2i], x[2i+1]) by its position's angle i; float32 or wider inside."""
-    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
