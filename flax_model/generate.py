@@ -156,13 +156,13 @@ def stacks(model: Model) -> list[Block]:
 
 
 class Absorbed(NamedTuple):
-    """Attention weights of all layers of a stack, `kv_b_proj` absorbed by the maps before and after it: the new
-    token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the residual
+    """Attention weights of all layers of a stack, or of one, `kv_b_proj` absorbed by the maps before and after it: the
+    new token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the residual
     stream."""
 
-    query: Num[Array, "layers heads_cached inputs"]
+    query: Num[Array, "*layers heads_cached inputs"]
     """Includes the scale of the softmax."""
-    out: Num[Array, "layers hidden heads_latent"]
+    out: Num[Array, "*layers hidden heads_latent"]
 
 
 def absorb(attention: Attention, dtype: DTypeLike) -> Absorbed:
