@@ -9,7 +9,7 @@ import pytest
 
 from torch_ref.config import PRESETS
 from torch_ref.interface import UserError
-from train import bench
+from train import bench, bench_worker
 from train.bench_cases import Case, bytes_per_token, flops_per_token
 
 FIELDS = {"system", "task", "preset", "dtype", "seq_len", "experts", "value", "unit", "peak_memory_gb"}
@@ -96,16 +96,27 @@ def test_decoding_is_a_fraction_of_reading_memory():
     # 296.3 M active weights, and 112 values of cache for each of 64 tokens in 30 layers, of four bytes.
     assert bytes_per_token(case) == pytest.approx(4 * (296.3e6 + 64 * 30 * 112), rel=1e-3)
     assert bytes_per_token(replace(case, dtype="bfloat16")) == bytes_per_token(case) / 2
-    rows = bench.with_fractions(
-        [
-            row("ceiling", "read (torch)", 18.0, "GB/s"),
-            row("ceiling", "read (jax)", 20.0, "GB/s"),
-            row("ceiling", "matmul (jax)", 1.0, "GFLOP/s"),
-            row("flax", "decode", 10.0, "tokens/s", bytes_per_token=1e9),
-        ]
-    )
-    assert rows[-1]["fraction_of_bandwidth"] == pytest.approx(0.5) and "fraction_of_ceiling" not in rows[-1]
-    assert "50% of bandwidth" in bench.table(rows)
+    assert "50% of bandwidth" in bench.table([row("flax", "decode", 10.0, "tokens/s", fraction_of_bandwidth=0.5)])
+
+
+def test_bandwidth_is_that_around_each_text(monkeypatch):
+    """Three texts after a first, while the machine's bandwidth falls from one reading to the next."""
+    readings = iter((100.0, 40.0, 20.0, 10.0, 6.0))
+    monkeypatch.setattr(bench_worker, "read_bandwidth", lambda case, framework: next(readings))
+    clock = iter(float(time) for text in range(4) for time in (0, 10 + text, 12 + text, 14 + text))
+    monkeypatch.setattr(bench_worker.time, "perf_counter", lambda: next(clock))
+
+    class System:
+        framework = "jax"
+
+        def generate(self, prompts, new_tokens, tick):
+            for _ in range(new_tokens):
+                tick(None)
+
+    case = Case("flax", ("decode",), "tiny", "float32", 64, 8, new_tokens=3)
+    done = bench_worker.generation(case, System(), bench_worker.Peak())
+    assert (done.first, done.each, done.bandwidth) == (12, 2, 15)
+    assert done.fraction == pytest.approx(bytes_per_token(case) / 1e9 / 2 / 15)
 
 
 def test_generation_is_measured_without_an_optimizer():
@@ -134,6 +145,17 @@ def test_a_failing_process_costs_its_rows_alone(capfd):
     assert "no_such_system" in capfd.readouterr().err
 
 
+def test_interrupting_leaves_what_was_measured(monkeypatch, capsys):
+    def run_case(case):
+        if case.system == "torch_ref":
+            raise KeyboardInterrupt
+        return [row("flax", "step", 123.0, "tokens/s")] if case.system == "flax" else []
+
+    monkeypatch.setattr(bench, "run_case", run_case)
+    assert bench.main(["--quick", "--only", "step"]) == 130
+    assert "123.0 tokens/s" in capsys.readouterr().out
+
+
 def test_plot(tmp_path):
     rows = [
         row(system, "gradient", 100.0 * seq, "tokens/s", seq_len=seq)
@@ -160,6 +182,7 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     assert 0 < ours["step", "off"]["fraction_of_ceiling"] < 1
     decoded = [(row["seq_len"], row["micro_batch"]) for row in rows if row["task"] == "decode"]
     assert decoded == [(48, 1), (16, 1), (16, 8)]
+    assert all(row["fraction_of_bandwidth"] > 0 for row in rows if row["task"] == "decode" and row["micro_batch"] == 1)
     assert 0.05 < ours["step", "off"]["peak_memory_gb"] < 4
     assert ours["step", "off"]["value"] > 0 and PRESETS["tiny"].n_routed_experts == ours["step", "off"]["experts"]
     assert "| step | tiny | float32 | 64 | 8 | 1 |" in capsys.readouterr().out

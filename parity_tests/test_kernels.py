@@ -252,3 +252,17 @@ def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
     assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
     taken = np.take_along_axis(scores, biased_chosen, axis=1)
     np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("outputs", "parts"), [(30, 2), (30, 3), (31, 2), (30, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_split_product(rows, outputs, parts, transposed):
+    """Parts for the cores: the same values as one product, also where the outputs do not divide."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref.layers import split_product
+
+    draw = np.random.default_rng(0).standard_normal
+    x, weight = draw((rows, 7)), draw((7, outputs)).T if transposed else draw((outputs, 7))
+    out = split_product(torch.from_numpy(x), torch.from_numpy(weight), parts)
+    np.testing.assert_allclose(out, x @ weight.T, rtol=1e-13)

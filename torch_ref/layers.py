@@ -22,6 +22,12 @@ HALF_PRODUCTS_ON_CPU = getattr(torch.cpu, "_is_amx_tile_supported", lambda: Fals
 float32 ones."""
 
 
+ONE_CORE_PRODUCTS = torch.backends.mkl.is_available() and "Intel" not in getattr(
+    torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel"}
+)().get("cpu_name", "Intel")
+"""Whether a product of one row keeps to one core: MKL's on processors of other makers (measured on an AMD EPYC)."""
+
+
 FEW_ROWS = 32
 
 
@@ -38,7 +44,22 @@ def product(
     is."""
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    return F.linear(x, weight) if x.shape[-2] < FEW_ROWS else F.linear(for_product(x), for_product(weight)).to(x.dtype)
+    if x.shape[-2] >= FEW_ROWS:
+        return F.linear(for_product(x), for_product(weight)).to(x.dtype)
+    if ONE_CORE_PRODUCTS and x.ndim == 2 and x.is_cpu and x.dtype != torch.bfloat16:
+        return split_product(x, weight, torch.get_num_threads())
+    return F.linear(x, weight)
+
+
+def split_product(
+    x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], parts: int
+) -> Float[Tensor, "rows outputs"]:
+    """x @ weight.T with the outputs in `parts` equal parts, one for each core, if they can be."""
+    outputs = len(weight)
+    if parts == 1 or outputs % parts:
+        return F.linear(x, weight)
+    by_part = torch.bmm(x.expand(parts, *x.shape), weight.unflatten(0, (parts, -1)).transpose(1, 2))
+    return by_part.transpose(0, 1).reshape(-1, outputs)
 
 
 def rms_norm(

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_ref.attention import Attention
 from torch_ref.config import ComputeConfig, ModelConfig
-from torch_ref.layers import RMSNorm, SwiGLU, wide
+from torch_ref.layers import RMSNorm, SwiGLU, product, wide
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import MoE, MoEOutput
 from torch_ref.parameters import Parameter
@@ -115,7 +115,7 @@ class Model(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token, float32 or wider, by the embedding (tied)."""
-        return wide(F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype)))
+        return wide(product(hidden, self.embed_tokens.weight))
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype) -> Tensor:

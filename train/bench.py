@@ -112,21 +112,17 @@ def run_case(case: Case) -> list[dict]:
 
 def with_fractions(rows: Iterable[dict]) -> list[dict]:
     """Throughput as a fraction of what the run's limits allow: `fraction_of_ceiling` of the fastest matrix product in
-    the same dtype, `fraction_of_bandwidth` of the fastest reading of memory."""
+    the same dtype."""
     rows = list(rows)
     for row in rows:
-        for work, unit, name in (
-            ("flops_per_token", "GFLOP/s", "fraction_of_ceiling"),
-            ("bytes_per_token", "GB/s", "fraction_of_bandwidth"),
-        ):
-            amount = row.pop(work, None)
-            limits = [
-                other["value"]
-                for other in rows
-                if other["system"] == "ceiling" and other["unit"] == unit and other["dtype"] == row["dtype"]
-            ]
-            if amount and limits:
-                row[name] = row["value"] * amount / 1e9 / max(limits)
+        flops = row.pop("flops_per_token", None)
+        limits = [
+            other["value"]
+            for other in rows
+            if other["system"] == "ceiling" and other["unit"] == "GFLOP/s" and other["dtype"] == row["dtype"]
+        ]
+        if flops and limits:
+            row["fraction_of_ceiling"] = row["value"] * flops / 1e9 / max(limits)
     return rows
 
 
@@ -272,12 +268,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{machine()}\n")
     rows: list[dict] = []
-    for case in plan.cases():
-        rows += run_case(case)
-        if args.json:  # after every process, so that an interrupted run leaves what it had
-            args.json.write_text(json.dumps(with_fractions(map(dict, rows)), indent=1) + "\n")
+    interrupted = False
+    try:
+        for case in plan.cases():
+            rows += run_case(case)
+            if args.json:  # after every process, so that a run that dies leaves what it had
+                args.json.write_text(json.dumps(with_fractions(map(dict, rows)), indent=1) + "\n")
+    except KeyboardInterrupt:
+        interrupted = True
     rows = with_fractions(rows)
     print(table(rows))
+    if interrupted:
+        return 130
     if args.plot:
         draw(rows, args.plot)
     return 0 if any(row["system"] != "ceiling" for row in rows) else 1

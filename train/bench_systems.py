@@ -43,6 +43,8 @@ def greedy(new_tokens: int) -> Sampling:
 class Ours:
     """What both sides of this project are asked in the same words. A side sets what is declared here."""
 
+    framework: str
+    """In which memory is read, to compare with."""
     case: Case
     device: Any
     compute: ComputeConfig
@@ -75,6 +77,8 @@ class Ours:
 
 class TorchRef(Ours):
     """This project's torch side."""
+
+    framework = "torch"
 
     def __init__(self, case: Case) -> None:
         import torch
@@ -123,6 +127,8 @@ class TorchRef(Ours):
 
 class Flax(Ours):
     """This project's Flax side."""
+
+    framework = "jax"
 
     def __init__(self, case: Case) -> None:
         import jax
@@ -193,6 +199,7 @@ class Transformers:
     """DeepseekV3 of `transformers` with the same sizes, trained as its users do: AdamW of torch, clipping, autocast for
     bfloat16. Of its expert implementations the fastest is taken, tried on one forward and backward pass."""
 
+    framework = "torch"
     IMPLEMENTATIONS = ("grouped_mm", "eager")
     """Its `batched_mm` copies an expert's weights for every token, 10 MB each at `smol-774m`: no option here."""
 
@@ -205,6 +212,8 @@ class Transformers:
 
         self.case, self.torch = case, torch
         self.device = resolve_device(case.device)
+        if case.dtype == "bfloat16" and self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            raise NotImplementedError("left out: torch's bfloat16 products take hours on a CPU without AVX-512")
         config = transformers.DeepseekV3Config(**transformers_config(case.config, "float32", end_of_text=0))
         self.model = transformers.DeepseekV3ForCausalLM(config).to(self.device)
         self.implementation: str | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.bench_cases import Case, bytes_per_token, flops_per_token, labels
 from train.bench_systems import SYSTEMS, Flax, Transformers, clocked
@@ -74,28 +74,57 @@ def measure(case: Case) -> Iterator[dict]:
         long, short = case.seq_len - 2 * case.new_tokens, min(64, case.seq_len // 4)
         for length, batch in ((long, 1), (short, 1), (short, 8)):
             at = replace(case, seq_len=length, micro_batch=batch)
-            peak.reset()
-            first, each = generation(at, system)
-            more = {"seq_len": length, "micro_batch": batch}
+            done = generation(at, system, peak)
+            more = {"seq_len": length, "micro_batch": batch, "peak_memory_gb": done.memory}
             if length == long and "prefill" in case.tasks:
-                yield row("prefill", length / first, "tokens/s", flops_per_token=flops_per_token(at, False), **more)
+                flops = flops_per_token(at, backward=False)
+                yield row("prefill", length / done.first, "tokens/s", flops_per_token=flops, **more)
             if "decode" in case.tasks:
-                floor = {"bytes_per_token": bytes_per_token(at)} if batch == 1 else {}
-                yield row("decode", batch / each, "tokens/s", **floor, **more)
+                if batch == 1:
+                    more |= {"bandwidth": done.bandwidth, "fraction_of_bandwidth": done.fraction}
+                yield row("decode", batch / done.each, "tokens/s", **more)
 
 
-def generation(case: Case, system: Any) -> tuple[float, float]:
-    """Seconds to the first token after prompts of `seq_len`, and seconds of each further one: medians of `repeats`
-    texts after a first."""
+class Generation(NamedTuple):
+    """Medians over texts."""
+
+    first: float
+    """Seconds to the first token."""
+    each: float
+    """Seconds of each further one."""
+    bandwidth: float
+    """GB/s, from reading memory in the same process before and after each text."""
+    fraction: float
+    """Of that bandwidth, as if a token read nothing but `bytes_per_token`."""
+    memory: float
+    """Peak, GiB."""
+
+
+def generation(case: Case, system: Any, peak: Peak) -> Generation:
+    """Texts of `new_tokens` after prompts of `seq_len`: `repeats` of them after a first. Memory is read in between,
+    since a machine's bandwidth can change from minute to minute by half, if others share it."""
     prompts = case.rows()[0].tolist()
-    first, each = [], []
+    first, each, memory = [], [], 0.0
+    bandwidths = []
     for _ in range(1 + case.repeats):
+        bandwidths.append(read_bandwidth(case, system.framework))
+        peak.reset()
         times = [time.perf_counter()]
         system.generate(prompts, case.new_tokens, lambda _, times=times: times.append(time.perf_counter()))
+        memory = max(memory, peak.read())
         between = [after - before for before, after in pairwise(times)]
         first.append(between[0])
         each.append(statistics.median(between[1:]))
-    return statistics.median(first[1:]), statistics.median(each[1:])
+    bandwidths.append(read_bandwidth(case, system.framework))
+    around = [(before + after) / 2 for before, after in pairwise(bandwidths)][1:]
+    first, each = first[1:], each[1:]
+    fractions = [bytes_per_token(case) / 1e9 / seconds / read for seconds, read in zip(each, around, strict=True)]
+    return Generation(*map(statistics.median, (first, each, around, fractions)), memory)
+
+
+def read_bandwidth(case: Case, framework: str) -> float:
+    """GB/s of reading memory once."""
+    return READ_BYTES / clocked(READERS[framework](case), 4)[1] / 1e9
 
 
 def chosen(system: Any) -> dict:
@@ -135,40 +164,60 @@ def ceilings(case: Case) -> Iterator[dict]:
         return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": None}
 
     size = 2048 if case.repeats < 3 else 4096
-    for framework in ("torch", "jax"):
+    for framework in READERS:
         try:
-            multiply, read = {"torch": limits_in_torch, "jax": limits_in_jax}[framework](case, size)
+            _, seconds = clocked(MULTIPLIERS[framework](case, size), 2 * case.repeats + 1)
         except ImportError:
             continue
-        _, seconds = clocked(multiply, 2 * case.repeats + 1)
         yield row(f"matmul ({framework})", 2 * size**3 / seconds / 1e9, "GFLOP/s")
-        _, seconds = clocked(read, 2 * case.repeats + 1)
-        yield row(f"read ({framework})", READ_BYTES / seconds / 1e9, "GB/s")
+        yield row(f"read ({framework})", read_bandwidth(case, framework), "GB/s")
     if "input" in case.tasks:
         yield row("input", bare_tokenizer_rate(case), "tokens/s")
 
 
-def limits_in_torch(case: Case, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """One large product, and a sum over `READ_BYTES` of memory."""
+def multiply_in_torch(case: Case, size: int) -> Callable[[], Any]:
+    """One large product, as this project's layers take it: a CPU without bfloat16 units has it in float32."""
+    import torch
+
+    from torch_ref.device import resolve_device
+    from torch_ref.layers import product
+
+    device = resolve_device(case.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a = torch.ones(size, size, dtype=getattr(torch, case.dtype), device=device)
+    return lambda: (product(a, a), wait())
+
+
+def read_in_torch(case: Case) -> Callable[[], Any]:
+    """A sum over `READ_BYTES` of memory."""
     import torch
 
     from torch_ref.device import resolve_device
 
     device = resolve_device(case.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a = torch.ones(size, size, dtype=getattr(torch, case.dtype), device=device)
     memory = torch.ones(READ_BYTES // 4, device=device)
-    return lambda: (torch.mm(a, a), wait()), lambda: (memory.sum(), wait())
+    return lambda: (memory.sum(), wait())
 
 
-def limits_in_jax(case: Case, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The same in JAX."""
+def multiply_in_jax(case: Case, size: int) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    a, memory = jnp.ones((size, size), case.dtype), jnp.ones(READ_BYTES // 4)
-    multiply, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
-    return lambda: jax.block_until_ready(multiply(a, a)), lambda: jax.block_until_ready(total(memory))
+    a, multiply = jnp.ones((size, size), case.dtype), jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(multiply(a, a))
+
+
+def read_in_jax(case: Case) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    memory, total = jnp.ones(READ_BYTES // 4), jax.jit(jnp.sum)
+    return lambda: jax.block_until_ready(total(memory))
+
+
+MULTIPLIERS = {"torch": multiply_in_torch, "jax": multiply_in_jax}
+READERS = {"torch": read_in_torch, "jax": read_in_jax}
 
 
 def input_options(case: Case, folder: str) -> Any:
