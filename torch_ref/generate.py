@@ -28,7 +28,7 @@ from torch_ref.attention import Attention
 from torch_ref.config import ComputeConfig
 from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
 from torch_ref.interface import Sampling
-from torch_ref.layers import RMSNorm, product, wide
+from torch_ref.layers import RMSNorm, for_product, product, wide
 from torch_ref.model import Block, Model
 from torch_ref.moe import EXPERT_PATHS, Experts, Routing
 from torch_ref.rotary import Rope, apply_rope, make_rope
@@ -90,7 +90,7 @@ def decode(
         width = min(-(-width // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
     slots = torch.arange(width, device=token.device)
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
-    mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))[:, None]
+    mask = for_product(torch.zeros_like(visible, dtype=dtype)).masked_fill(~visible, float("-inf"))[:, None]
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
     x = F.embedding(token.long(), model.embed_tokens.weight).to(dtype)
     for layer, block, weights in zip(cache, model.layers, absorbed, strict=True):
@@ -175,8 +175,10 @@ def attend_latents(
     rotary = apply_rope(rotary, rope)
     cache[:, slot] = torch.cat((absorbed.latent_norm(latent[:, -1]), rotary[:, -1]), dim=-1)
     q = torch.cat((latent[:, :-1], rotary[:, :-1]), dim=-1)
-    probabilities = wide(torch.baddbmm(mask, q, cache.transpose(1, 2))).softmax(-1).to(x.dtype)
-    return product((probabilities @ cache[..., : c.kv_lora_rank]).flatten(1), absorbed.out)
+    entries = for_product(cache)
+    probabilities = wide(torch.baddbmm(mask, for_product(q), entries.transpose(1, 2))).softmax(-1).to(x.dtype)
+    latent = for_product(probabilities) @ entries[..., : c.kv_lora_rank]
+    return product(latent.flatten(1).to(x.dtype), absorbed.out)
 
 
 def feed_forward(
