@@ -254,7 +254,7 @@ def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
     np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize(("outputs", "parts"), [(30, 2), (30, 3), (31, 2), (30, 1)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_split_product(rows, outputs, parts, transposed):

@@ -22,11 +22,10 @@ HALF_PRODUCTS_ON_CPU = getattr(torch.cpu, "_is_amx_tile_supported", lambda: Fals
 float32 ones."""
 
 
-ONE_CORE_PRODUCTS = torch.backends.mkl.is_available() and "Intel" not in getattr(
-    torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel"}
-)().get("cpu_name", "Intel")
-"""Whether a product of one row keeps to one core: MKL's on processors of other makers (measured on an AMD EPYC)."""
+_CPU = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
 
+ONE_CORE_PRODUCTS = torch.backends.mkl.is_available() and _CPU != "" and "Intel" not in _CPU
+"""Whether a product of one row keeps to one core: MKL's on processors of other makers (measured on an AMD EPYC)."""
 
 FEW_ROWS = 32
 
@@ -55,11 +54,11 @@ def split_product(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], parts: int
 ) -> Float[Tensor, "rows outputs"]:
     """x @ weight.T with the outputs in `parts` equal parts, one for each core, if they can be."""
-    outputs = len(weight)
+    outputs, inputs = weight.shape
     if parts == 1 or outputs % parts:
         return F.linear(x, weight)
-    by_part = torch.bmm(x.expand(parts, *x.shape), weight.unflatten(0, (parts, -1)).transpose(1, 2))
-    return by_part.transpose(0, 1).reshape(-1, outputs)
+    by_part = torch.bmm(x.expand(parts, -1, -1), weight.view(parts, -1, inputs).mT)
+    return by_part.view(1, outputs) if len(x) == 1 else by_part.transpose(0, 1).reshape(-1, outputs)
 
 
 def rms_norm(
