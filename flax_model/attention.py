@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from flax_model.layers import Linear, RMSNorm, Stack, wide
 from flax_model.rotary import Rope, apply_rope
-from torch_ref.config import LATENT_NORM_EPS, ModelConfig
+from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
 
 QUERY_BLOCK = 256
 """Queries of one block of the `blocked` path."""

@@ -32,11 +32,11 @@ from flax_model.device import describe, resolve_compute, resolve_device
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated, tree_bytes
-from torch_ref.config import ComputeConfig, ModelConfig
-from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
-from torch_ref.memory import require_host_memory
-from torch_ref.parameters import flax_path, initial_values, parameter_table
-from torch_ref.training_state import FORMAT, LazyArrays, json_copy, require_config, require_state, split_batch
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.spec.memory import require_host_memory
+from torch_ref.spec.parameters import flax_path, initial_values, parameter_table
+from torch_ref.spec.training_state import FORMAT, LazyArrays, json_copy, require_config, require_state, split_batch
 
 State = dict[str, Any]
 """What a step changes and a checkpoint holds: `params`, `biases`, `first_moment`, `second_moment` (nested dicts with

@@ -21,9 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_model.sharding import tree_bytes
-from torch_ref.interface import UserError
-from torch_ref.memory import host_memory_available
-from torch_ref.training_state import in_step_order, make_folder, require_tensors
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.training_state import in_step_order, make_folder, require_tensors
 
 TEMPORARY = re.compile(r".+\.orbax-checkpoint-tmp.*")
 """Names of folders that orbax is writing, or was when the process ended."""

@@ -17,9 +17,9 @@ import jax
 
 from flax_model.attention import ATTENTION_PATHS
 from flax_model.moe import EXPERT_PATHS
-from torch_ref.config import ComputeConfig
-from torch_ref.interface import UserError
-from torch_ref.memory import host_memory_available
+from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import host_memory_available
 
 
 def resolve_device(name: str) -> jax.Device:

@@ -33,9 +33,9 @@ from flax_model.layers import SwiGLU, wide
 from flax_model.model import Block, Model, Tree, merge, split
 from flax_model.moe import Experts, Routing, count_experts
 from flax_model.rotary import Rope, apply_rope, make_rope
-from torch_ref.config import ComputeConfig
-from torch_ref.decoding import bucket, check_request, draw_uniforms, pad_prompts
-from torch_ref.interface import Sampling
+from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.decoding import bucket, check_request, draw_uniforms, pad_prompts
+from torch_ref.spec.interface import Sampling
 
 Cache = Num[Array, "layers batch cached slots"]
 """Per layer, row and slot: the normed latent, then the rotated key. Slots are last: XLA's CPU backend would otherwise

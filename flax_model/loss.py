@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_model.layers import wide
-from torch_ref.interface import IGNORE
+from torch_ref.spec.interface import IGNORE
 
 
 def cross_entropy_plain(

@@ -28,8 +28,8 @@ from flax_model.layers import RMSNorm, Stack, SwiGLU, wide
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
-from torch_ref.config import ComputeConfig, ModelConfig
-from torch_ref.parameters import Parameter, flax_path, parameter_table
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
 
 class ForwardOutput(NamedTuple):

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from flax_model.layers import Stack, SwiGLU, wide
-from torch_ref.config import ModelConfig
+from torch_ref.spec.config import ModelConfig
 
 BLOCK = 64
 """Rows of one block of the `blocks` path."""

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from flax_model.layers import wide
-from torch_ref.config import ModelConfig
-from torch_ref.parameters import rope_table
+from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.parameters import rope_table
 
 
 class Rope(NamedTuple):

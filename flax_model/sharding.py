@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike
 
-from torch_ref.config import ModelConfig
-from torch_ref.parameters import Parameter, flax_path, parameter_table
+from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
 RULES = {"experts": "expert"}
 """Table axis -> mesh axis it is split over; axes that are not named here are replicated."""

@@ -15,9 +15,9 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).parents[1]
 # `train` is an entry point: it speaks of protocols and paths, not of shapes.
 CHECKED = [
-    f"{package}.{file.stem}"
+    ".".join(file.relative_to(REPOSITORY).with_suffix("").parts)
     for package in ("torch_ref", "flax_model")
-    for file in (REPOSITORY / package).glob("*.py")
+    for file in (REPOSITORY / package).rglob("*.py")
     if file.stem != "train"
 ]
 

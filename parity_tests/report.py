@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from parity_tests.harness import Measurement
-from torch_ref.interface import UserError
+from parity_tests.harness.measure import Measurement
+from torch_ref.spec.interface import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -109,8 +109,8 @@ def environment(torch_device: str, jax_platform: str) -> dict[str, str]:
 def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[str], None]) -> Report:
     """The ladder from its first rung to its last, and on the CPU the planted faults."""
     from flax_model.device import resolve_device
-    from parity_tests import ladder, mutations, training
-    from parity_tests.cases import CONFIG, FLOAT32_CASES, PAIRWISE_CASES, TRACE_CASE
+    from parity_tests.harness import ladder, mutations, training
+    from parity_tests.harness.cases import CONFIG, FLOAT32_CASES, PAIRWISE_CASES, TRACE_CASE
 
     jax_device = resolve_device(jax_platform)
     devices = {"torch_device": torch_device, "jax_device": jax_device}
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             __import__(package)
         if options.readme and options.quick:
             raise UserError("--readme: takes the whole ladder; leave --quick out")
-        from parity_tests import page
+        from parity_tests.harness import page
 
         if options.readme:
             page.check_markers(REPOSITORY)

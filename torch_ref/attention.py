@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_ref.config import LATENT_NORM_EPS, ModelConfig
 from torch_ref.layers import Linear, RMSNorm, for_product, wide
 from torch_ref.rotary import Rope, apply_rope
+from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
 
 
 def attend_plain(

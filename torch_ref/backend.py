@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.device import describe, fused_adamw, resolve_compute, resolve_device
-from torch_ref.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
-from torch_ref.memory import require_host_memory, return_freed_blocks
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
-from torch_ref.parameters import initial_values, parameter_table
-from torch_ref.training_state import (
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.spec.memory import require_host_memory, return_freed_blocks
+from torch_ref.spec.parameters import initial_values, parameter_table
+from torch_ref.spec.training_state import (
     FORMAT,
     LazyArrays,
     in_step_order,

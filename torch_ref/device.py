@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
-from torch_ref.config import ComputeConfig
-from torch_ref.interface import UserError
-from torch_ref.memory import host_memory_available
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
+from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import host_memory_available
 
 
 def resolve_device(name: str) -> torch.device:

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_ref.attention import Attention
-from torch_ref.config import ComputeConfig
-from torch_ref.decoding import check_request, draw_uniforms, pad_prompts
-from torch_ref.interface import Sampling
 from torch_ref.layers import RMSNorm, for_product, product, wide
 from torch_ref.model import Block, Model
 from torch_ref.moe import EXPERT_PATHS, Experts, Routing
 from torch_ref.rotary import Rope, apply_rope, make_rope
+from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.decoding import check_request, draw_uniforms, pad_prompts
+from torch_ref.spec.interface import Sampling
 
 Cache = Float[Tensor, "layers batch slots cached"]
 """Per layer, row and slot: the normed latent, then the rotated key."""

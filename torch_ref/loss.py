@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_ref.interface import IGNORE
 from torch_ref.layers import for_product, wide
+from torch_ref.spec.interface import IGNORE
 
 
 def cross_entropy_plain(

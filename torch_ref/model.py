@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_ref.attention import Attention
-from torch_ref.config import ComputeConfig, ModelConfig
 from torch_ref.layers import RMSNorm, SwiGLU, product, wide
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import MoE, MoEOutput
-from torch_ref.parameters import Parameter
 from torch_ref.rotary import Rope, make_rope
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.parameters import Parameter
 
 
 class ForwardOutput(NamedTuple):

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_ref.config import ModelConfig
 from torch_ref.layers import SwiGLU, for_product, product, wide
+from torch_ref.spec.config import ModelConfig
 
 BLOCK = 64
 """Rows of one block of the `blocks` path."""

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torch_ref.config import ModelConfig
 from torch_ref.layers import wide
-from torch_ref.parameters import rope_table
+from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.parameters import rope_table
 
 
 class Rope(NamedTuple):

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_ref.interface import Backend, UserError
-from train.launch import launch, settle
-from train.loop import FINAL_WEIGHTS
-from train.options import Options
+from torch_ref.spec.interface import Backend, UserError
+from train.run.launch import launch, settle
+from train.run.loop import FINAL_WEIGHTS
+from train.run.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,10 +26,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from torch_ref.config import PRESETS, ModelConfig, SpecificationError
-from torch_ref.interface import UserError
-from train.options import GROUPS, SECTIONS, Options, RunOptions, flag
-from train.state_sources import config_of
+from torch_ref.spec.config import PRESETS, ModelConfig, SpecificationError
+from torch_ref.spec.interface import UserError
+from train.run.options import GROUPS, SECTIONS, Options, RunOptions, flag
+from train.state.source import config_of
 
 
 def parse(argv: Sequence[str], prog: str) -> Options:

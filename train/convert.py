@@ -18,15 +18,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from torch_ref.config import ComputeConfig, SpecificationError
-from torch_ref.huggingface import SIDECAR, export_folder
-from torch_ref.interface import Backend, OptimizerConfig, TrainingState, UserError
-from torch_ref.parameters import parameter_table
-from torch_ref.storage import fresh_folder, write_json
-from train.loop import FINAL_WEIGHTS
-from train.state_io import copy_run_files, write_state, write_tensors
-from train.state_sources import KINDS, Source, locate, open_state
-from train.tokenizer import load_tokenizer
+from torch_ref.spec.config import ComputeConfig, SpecificationError
+from torch_ref.spec.huggingface import SIDECAR, export_folder
+from torch_ref.spec.interface import Backend, OptimizerConfig, TrainingState, UserError
+from torch_ref.spec.parameters import parameter_table
+from torch_ref.spec.storage import fresh_folder, write_json
+from train.data.tokenizer import load_tokenizer
+from train.run.loop import FINAL_WEIGHTS
+from train.state.neutral import copy_run_files, write_state, write_tensors
+from train.state.source import KINDS, Source, locate, open_state
 
 FORMS = ("flax", "torch", "neutral", "transformers")
 

@@ -21,11 +21,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from torch_ref.interface import IGNORE, UserError
-from train.corpus import Reader
-from train.inference import DTypeName, Framework, TrainedModel, open_trained, parse_flags
-from train.packing import Rows, document_rows
-from train.sources import FileSource
+from torch_ref.spec.interface import IGNORE, UserError
+from train.data.corpus import Reader
+from train.data.packing import Rows, document_rows
+from train.data.sources import FileSource
+from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 
 TOKENS_PER_PASS = 4096
 """Positions of one forward pass, or one row if that is longer."""

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_ref.interface import Backend, UserError
-from torch_ref.storage import TensorSpec, TensorWriter
-from train.launch import launch, settle
-from train.loop import FINAL_WEIGHTS
-from train.options import Options
+from torch_ref.spec.interface import Backend, UserError
+from torch_ref.spec.storage import TensorSpec, TensorWriter
+from train.run.launch import launch, settle
+from train.run.loop import FINAL_WEIGHTS
+from train.run.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

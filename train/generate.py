@@ -19,8 +19,8 @@ from typing import Annotated
 
 import tyro
 
-from torch_ref.interface import Sampling, UserError
-from train.inference import DTypeName, Framework, TrainedModel, open_trained, parse_flags
+from torch_ref.spec.interface import Sampling, UserError
+from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 
 
 @dataclass(frozen=True)

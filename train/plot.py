@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter
 
-from torch_ref.interface import UserError
-from train.runlog import read_metrics
+from torch_ref.spec.interface import UserError
+from train.run.runlog import read_metrics
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
 STYLE = {

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torch_ref.interface import UserError
-from train.overview import size_in_words
-from train.runlog import METRICS, read_metrics
+from torch_ref.spec.interface import UserError
+from train.run.overview import size_in_words
+from train.run.runlog import METRICS, read_metrics
 
 
 @dataclass(frozen=True)

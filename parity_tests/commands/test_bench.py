@@ -1,0 +1,189 @@
+"""The bench: its command line, its rows, and one real run of the smallest kind."""
+
+import json
+import os
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from torch_ref.spec.config import PRESETS
+from torch_ref.spec.interface import UserError
+from train.bench import __main__ as bench
+from train.bench import worker as bench_worker
+from train.bench.cases import Case, bytes_per_token, flops_per_token
+
+FIELDS = {"system", "task", "preset", "dtype", "seq_len", "experts", "value", "unit", "peak_memory_gb"}
+
+
+def plan(*arguments):
+    return bench.parse(arguments)[0]
+
+
+def test_default_measures_every_system_in_both_precisions():
+    cases = plan("--only", "step").cases()
+    assert {(case.system, case.dtype) for case in cases} == {
+        (system, dtype) for system in (*bench.SYSTEMS, "ceiling") for dtype in bench.DTYPES
+    }
+    assert {case.preset for case in cases} == {"smol-774m"} and {case.seq_len for case in cases} == {2048}
+    assert {case.system for case in cases if case.remat == "experts"} == {"flax", "torch_ref"}
+
+
+def test_only_and_dtype_choose_a_part():
+    cases = plan("--only", "prefill,decode", "--dtype", "bfloat16", "--seq-len", "512", "--preset", "small").cases()
+    assert {case.tasks for case in cases} == {("prefill", "decode")}
+    assert {(case.dtype, case.seq_len, case.preset) for case in cases} == {("bfloat16", 512, "small")}
+
+
+def test_sweep_varies_one_thing_at_a_time():
+    cases = [case for case in plan("--only", "sweep").cases() if case.system == "flax"]
+    for field, values in bench.SWEEP.items():
+        assert {getattr(case, field) for case in cases} == {*values}
+    assert len(cases) == len(set(cases))
+
+
+def test_memory_takes_every_precision_and_rematerialisation():
+    cases = [case for case in plan("--only", "memory").cases() if case.system != "ceiling"]
+    assert {(case.dtype, case.remat, case.system) for case in cases} == set(
+        product(("float32", "bfloat16", "float64"), ("off", "experts", "layers"), ("flax", "torch_ref"))
+    )
+    assert {case.tokens for case in cases} == {2048} and {case.preset for case in cases} == {"small"}
+    assert {case.dtype for case in plan("--only", "memory", "--dtype", "float32").cases()} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("--only", "steps"), "--only steps"),
+        (("--seq-len", "4096"), "--seq-len 4096"),
+        (("--experts", "1"), "--experts 1"),
+        (("--systems", "keras"), "--systems keras"),
+    ],
+)
+def test_a_mistake_is_named(arguments, named, capsys):
+    with pytest.raises(UserError, match=named):
+        plan(*arguments)
+    assert bench.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {named}")
+
+
+def test_flops_of_smol_774m():
+    """Six for each of the 296 M active weights, and attention: 4.2 TFLOP for a row of 2048 tokens."""
+    case = Case("flax", ("step",), "smol-774m", "float32", 2048, 8)
+    assert flops_per_token(case) * 2048 == pytest.approx(4.2e12, rel=0.02)
+    assert flops_per_token(case) == pytest.approx(3 * flops_per_token(case, backward=False))
+
+
+def row(system, task, value, unit, **more):
+    case = {"preset": "tiny", "dtype": "float32", "seq_len": 64, "experts": 8}
+    case |= {"micro_batch": 1, "accumulation": 1, "remat": "off", "peak_memory_gb": 1.5}
+    return {"system": system, "task": task, "value": value, "unit": unit, **case, **more}
+
+
+def test_fraction_of_the_fastest_product_of_the_same_precision():
+    rows = bench.with_fractions(
+        [
+            row("ceiling", "matmul (jax)", 50.0, "GFLOP/s"),
+            row("ceiling", "matmul (torch)", 100.0, "GFLOP/s"),
+            row("ceiling", "matmul (torch)", 900.0, "GFLOP/s", dtype="bfloat16"),
+            row("flax", "step", 10.0, "tokens/s", flops_per_token=5e9),
+        ]
+    )
+    assert rows[-1]["fraction_of_ceiling"] == pytest.approx(0.5)
+
+
+def test_decoding_is_a_fraction_of_reading_memory():
+    case = Case("flax", ("decode",), "smol-774m", "float32", 64, 8)
+    # 296.3 M active weights, and 112 values of cache for each of 64 tokens in 30 layers, of four bytes.
+    assert bytes_per_token(case) == pytest.approx(4 * (296.3e6 + 64 * 30 * 112), rel=1e-3)
+    assert bytes_per_token(replace(case, dtype="bfloat16")) == bytes_per_token(case) / 2
+    assert "50% of bandwidth" in bench.table([row("flax", "decode", 10.0, "tokens/s", fraction_of_bandwidth=0.5)])
+
+
+def test_bandwidth_is_that_around_each_text(monkeypatch):
+    """Three texts after a first, while the machine's bandwidth falls from one reading to the next."""
+    readings = iter((100.0, 40.0, 20.0, 10.0, 6.0))
+    monkeypatch.setattr(bench_worker, "read_bandwidth", lambda case, framework: next(readings))
+    clock = iter(float(time) for text in range(4) for time in (0, 10 + text, 12 + text, 14 + text))
+    monkeypatch.setattr(bench_worker.time, "perf_counter", lambda: next(clock))
+
+    class System:
+        framework = "jax"
+
+        def generate(self, prompts, new_tokens, tick):
+            for _ in range(new_tokens):
+                tick(None)
+
+    case = Case("flax", ("decode",), "tiny", "float32", 64, 8, new_tokens=3)
+    done = bench_worker.generation(case, System(), bench_worker.Peak())
+    assert (done.first, done.each, done.bandwidth) == (12, 2, 15)
+    assert done.fraction == pytest.approx(bytes_per_token(case) / 1e9 / 2 / 15)
+
+
+def test_generation_is_measured_without_an_optimizer():
+    parts = {case.tasks for case in plan().cases() if case.system == "flax"}
+    assert {("prefill", "decode")} <= parts and all("decode" not in tasks or "step" not in tasks for tasks in parts)
+
+
+def test_table_puts_systems_side_by_side():
+    text = bench.table(
+        [
+            row("flax", "step", 120.0, "tokens/s"),
+            row("transformers", "step", 100.0, "tokens/s"),
+            row("flax", "save", 2.0, "s"),
+            row("transformers", "save", 3.0, "s"),
+            row("flax", "step", 90.0, "tokens/s", remat="experts"),
+        ]
+    ).splitlines()
+    assert len(text) == 2 + 3
+    assert "120.0 tokens/s, 1.20x, 1.5 GiB" in text[2] and "| 100.0 tokens/s, 1.5 GiB |" in text[2]
+    assert "2.0 s, 1.50x" in text[3], "fewer seconds are better"
+    assert "remat experts" in text[4] and "0.90x" in text[4], "compared with the other's only mode"
+
+
+def test_a_failing_process_costs_its_rows_alone(capfd):
+    assert bench.run_case(Case("no_such_system", ("step",), "tiny", "float32", 64, 8)) == []
+    assert "no_such_system" in capfd.readouterr().err
+
+
+def test_interrupting_leaves_what_was_measured(monkeypatch, capsys):
+    def run_case(case):
+        if case.system == "torch_ref":
+            raise KeyboardInterrupt
+        return [row("flax", "step", 123.0, "tokens/s")] if case.system == "flax" else []
+
+    monkeypatch.setattr(bench, "run_case", run_case)
+    assert bench.main(["--quick", "--only", "step"]) == 130
+    assert "123.0 tokens/s" in capsys.readouterr().out
+
+
+def test_plot(tmp_path):
+    rows = [
+        row(system, "gradient", 100.0 * seq, "tokens/s", seq_len=seq)
+        for system in ("flax", "torch_ref")
+        for seq in (64, 128)
+    ]
+    bench.draw(rows, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_real_run(tmp_path, monkeypatch, capsys):
+    """The torch side only: it needs the fewest seconds."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    path = tmp_path / "rows.json"
+    arguments = (
+        "--quick --systems torch_ref --only gradient,step,startup,prefill,decode,checkpoint --seq-len 64 --repeats 1"
+    )
+    assert bench.main([*arguments.split(), "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert all(FIELDS <= set(row) for row in rows)
+    ours = {(row["task"], row["remat"]): row for row in rows if row["system"] == "torch_ref"}
+    assert {task for task, _ in ours} == {*"gradient step startup prefill decode save restore".split(), "first step"}
+    assert 0 < ours["step", "off"]["fraction_of_ceiling"] < 1
+    decoded = [(row["seq_len"], row["micro_batch"]) for row in rows if row["task"] == "decode"]
+    assert decoded == [(48, 1), (16, 1), (16, 8)]
+    assert all(row["fraction_of_bandwidth"] > 0 for row in rows if row["task"] == "decode" and row["micro_batch"] == 1)
+    assert 0.05 < ours["step", "off"]["peak_memory_gb"] < 4
+    assert ours["step", "off"]["value"] > 0 and PRESETS["tiny"].n_routed_experts == ours["step", "off"]["experts"]
+    assert "| step | tiny | float32 | 64 | 8 | 1 |" in capsys.readouterr().out

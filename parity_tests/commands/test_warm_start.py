@@ -1,0 +1,477 @@
+"""A small Llama, trained here for a few seconds, becomes this model: every stage, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
+from torch_ref.spec.huggingface import import_folder
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.parameters import parameter_table, rope_table
+from torch_ref.spec.storage import read_json
+from train.data.sources import python_documents
+from train.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from train.warm_start.attention import Calibration, LlamaAttention, convert_attention, fit_latent, kept_theta
+from train.warm_start.experts import balanced_router, upcycled_values
+
+torch = pytest.importorskip("torch", reason="the warm start fits with torch")
+transformers = pytest.importorskip("transformers", reason="the old model is read with transformers")
+
+from train.warm_start import __main__ as warm_start  # noqa: E402
+from train.warm_start import stages as warm_stages  # noqa: E402
+from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read_teacher  # noqa: E402
+
+THETA = 10000.0
+SMALL = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    kv_lora_rank=10,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=10,
+    v_head_dim=16,
+    intermediate_size=96,
+    moe_intermediate_size=96,
+    n_routed_experts=4,
+    max_position=128,
+    rope_theta=kept_theta(THETA, 16, 10),
+)
+ARGUMENTS = (
+    "--preset small-warm --seq-len 64 --fit-rows 32 --fit-steps 25 --distill-steps 40 --distill-batch 4 "
+    "--distill-learning-rate 1e-3 --measure-tokens 8000 --measure-lengths 64 128"
+).split()
+COMPUTE = ComputeConfig(attention="plain", moe="dense")
+
+
+def arguments_for(teacher: Path, out: Path) -> list[str]:
+    return ["--from", str(teacher), "--dataset", str(teacher / "text.jsonl"), "--out", str(out), *ARGUMENTS]
+
+
+def llama_config(**changes):
+    sizes = {
+        "vocab_size": SMALL.vocab_size,
+        "hidden_size": SMALL.hidden_size,
+        "num_hidden_layers": SMALL.num_layers,
+        "num_attention_heads": SMALL.num_heads,
+        "num_key_value_heads": SMALL.num_kv_heads,
+        "head_dim": SMALL.v_head_dim,
+        "intermediate_size": SMALL.moe_intermediate_size,
+        "rms_norm_eps": SMALL.rms_norm_eps,
+        "rope_theta": THETA,
+        "tie_word_embeddings": True,
+    }
+    return transformers.LlamaConfig(**sizes | changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "small-warm", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """Folder of a Llama that has learned a little English, and to attend to what came before: without that, replacing
+    its attention would change nothing."""
+    folder = tmp_path_factory.mktemp("teacher")
+    texts = [text for _, text in itertools.islice(python_documents(), 80)]
+    tokenizer = train_tokenizer(texts, SMALL.vocab_size)
+    tokenizer.save(folder)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokens = torch.tensor([number for text in texts for number in tokenizer.encode(text)])
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(llama_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
+    for step in range(400):
+        start = torch.randint(len(tokens) - 65, (8,), generator=torch.Generator().manual_seed(step))
+        rows = torch.stack([tokens[at : at + 64] for at in start])
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        warmup.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(teacher, tmp_path_factory) -> Path:
+    """Folder that the whole program made of it."""
+    folder = tmp_path_factory.mktemp("warm") / "model"
+    assert warm_start.main(arguments_for(teacher, folder)) == 0
+    return folder
+
+
+def torch_model(config: ModelConfig, values):
+    from torch_ref.model import Model
+
+    return Model(config).load_values(values)
+
+
+def torch_logits(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model.logits(model(torch.from_numpy(tokens), COMPUTE).hidden).numpy()
+
+
+def largest_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+# The closed form
+
+
+def test_the_kept_frequencies_are_the_highest_of_the_old_ones():
+    warm = PRESETS["smol-774m-warm"]
+    assert warm.rope_theta == kept_theta(100000.0, 64, warm.qk_rope_head_dim)
+    cos, sin = rope_table(warm, 2)
+    old = 100000.0 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(np.arctan2(sin[1], cos[1]), old[: warm.qk_rope_head_dim // 2], rtol=3e-7)
+
+
+def test_rotary_scores_of_one_key_head_stay_what_they_were():
+    """With one K/V head the shared key loses nothing: scores of the kept pairs are equal at every distance."""
+    from torch_ref.attention import Attention
+    from torch_ref.rotary import make_rope
+
+    config = dataclasses.replace(SMALL, num_kv_heads=1)
+    pairs, kept, length = 8, config.qk_rope_head_dim // 2, config.max_position
+    rng = np.random.default_rng(0)
+    old = LlamaAttention(
+        rng.normal(size=(4, 16, 64)), *rng.normal(size=(2, 1, 16, 64)), rng.normal(size=(4, 64, 16)) / 8
+    )
+    x = rng.normal(size=(length, 64)).astype(np.float32)
+    seen = Calibration(x, np.ones(length), np.ones((4, pairs), complex), np.ones(4))
+    converted = convert_attention(config, old, seen)
+    assert converted.rope_energy == pytest.approx(1)
+
+    frequency = THETA ** (-np.arange(pairs) / pairs)
+    turn = np.exp(1j * np.arange(length)[:, None] * frequency)
+    q, k = (x @ (w[:, :8] + 1j * w[:, 8:]).transpose(0, 2, 1) * turn for w in (old.q, old.k))
+    expected = np.einsum("htj,hsj->hts", q[..., :kept].conj(), np.repeat(k[..., :kept], 4, 0)).real / 16**0.5
+
+    attention = Attention(config)
+    attention.load_state_dict({name: torch.from_numpy(value) for name, value in converted.weights.items()})
+    rope = make_rope(config, length, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        _, q_rope = attention.queries(torch.from_numpy(x)[None], rope)
+        _, k_rope = attention.latents(torch.from_numpy(x)[None], rope)
+    actual = np.einsum("thd,sd->hts", q_rope[0].numpy(), k_rope[0].numpy()) * config.softmax_scale
+    assert largest_error(actual, expected) < 1e-5
+
+
+def test_a_constant_direction_keeps_the_latents_length():
+    """Inputs of very different lengths lose theirs in the norm, unless a direction is constant over tokens."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 12)) * rng.lognormal(sigma=1.0, size=(512, 1))
+    with_constant = np.concatenate([x, np.ones((512, 1))], axis=1)
+    target = rng.normal(size=(1, 6, 13))
+    target[:, :, 12] = 0
+    roots, weight = [np.eye(6)], np.ones(512)
+    _, _, lost = fit_latent(target[..., :12], roots, x, weight, 8)
+    latent, expand, held = fit_latent(target, roots, with_constant, weight, 8)
+    assert 1 - held < 0.5 * (1 - lost)
+    normed = (with_constant @ latent.T) / np.sqrt(np.square(with_constant @ latent.T).mean(1, keepdims=True))
+    wanted = with_constant @ target[0].T
+    error = np.square(normed @ expand[0].T - wanted).sum() / np.square(wanted).sum()
+    assert error == pytest.approx(1 - held, abs=1e-4)
+
+
+# The whole path
+
+
+def test_each_stage_comes_nearer_to_the_old_model(warm):
+    report = read_json(warm / "warm_start.json")
+    losses = {stage: next(iter(by_text.values())) for stage, by_text in report["losses"].items()}
+    assert list(losses) == ["original", "converted", "fitted", "distilled", "experts"]
+    for length in ("64", "128"):
+        gap = {stage: losses[stage][length] - losses["original"][length] for stage in losses}
+        assert losses["original"][length] < 5.5 < np.log(SMALL.vocab_size)
+        assert 0 < gap["distilled"] < gap["fitted"] < gap["converted"]
+        assert gap["experts"] == pytest.approx(gap["distilled"], abs=1e-5)
+    assert all(layer["converted"] < 0.6 for layer in report["layers"])
+    # Each layer is judged on rows of its own, so on these held-out rows a single one may come out a little worse.
+    converted, fitted = (sum(layer[stage] for layer in report["layers"]) for stage in ("converted", "fitted"))
+    assert fitted < converted
+    divergences = report["distillation"]
+    assert np.mean(divergences[-5:]) < np.mean(divergences[:3])
+    assert max(report["expert_load"]) < 2
+    assert (warm / "warm_start.png").read_bytes().startswith(b"\x89PNG")
+    assert not warm.with_name(warm.name + ".partial").exists()
+
+
+def test_the_same_logits_in_flax_torch_and_transformers(warm):
+    config, arrays = import_folder(warm)
+    assert config == SMALL
+    values = [(row, arrays[row.name]) for row in parameter_table(config)]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, config.max_position)).astype(np.int32)
+    ours = torch_logits(torch_model(config, values), tokens)
+    model = transformers.AutoModelForCausalLM.from_pretrained(warm).eval()
+    with torch.no_grad():
+        theirs = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    assert largest_error(ours, theirs) < 1e-5
+
+    pytest.importorskip("jax", reason="Flax is not installed")
+    import jax.numpy as jnp
+
+    from flax_model.model import from_values, merge
+
+    flax = merge(*from_values(config, values, np.float32))
+    flax_logits = np.asarray(flax.logits(flax(jnp.asarray(tokens), COMPUTE).hidden))
+    assert largest_error(flax_logits, ours) < 1e-5
+
+
+def test_the_tokenizer_comes_with_the_model(warm, teacher):
+    text = "The quick brown fox, 1984."
+    ids = load_tokenizer(str(teacher)).encode(text)
+    assert load_tokenizer(str(warm)).encode(text) == ids
+    assert transformers.AutoTokenizer.from_pretrained(warm).encode(text, add_special_tokens=False) == ids
+
+
+def test_training_that_starts_from_it_takes_its_sizes_and_its_tokenizer(warm):
+    from train.command_line import parse
+
+    options = parse(["--init-from", str(warm), "--seq-len", "64"], "train")
+    assert options.model == SMALL
+    assert options.tokenizer == str(warm)
+    assert parse(["--init-from", str(warm), "--seq-len", "64", "--tokenizer", "bpe"], "train").tokenizer == "bpe"
+
+
+def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    arguments = arguments_for(teacher, out)
+    layers = []
+
+    def fit(*positional):
+        layers.append(len(layers))
+        if len(layers) == 2:
+            raise KeyboardInterrupt
+        return fit_attention(*positional)
+
+    fit_attention = warm_stages.fit_attention
+    monkeypatch.setattr(warm_stages, "fit_attention", fit)
+    with pytest.raises(KeyboardInterrupt):
+        warm_start.main(arguments)
+    assert not out.exists()
+    assert warm_start.main(arguments) == 0
+    assert len(layers) == 3, "the first layer was fitted again"
+    for row, value in zip(parameter_table(SMALL), import_folder(out)[1].values(), strict=True):
+        np.testing.assert_array_equal(value, import_folder(warm)[1][row.name], err_msg=row.name)
+
+
+@pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
+def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
+    from train.warm_start.fit import _divergence
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, wanted, ours, theirs = draw(2, 300, 8).requires_grad_(), draw(2, 300, 8), draw(40, 8), draw(40, 8)
+    following = torch.randint(40, (2, 300), generator=generator)
+    text = torch.nn.functional.one_hot(following, 40).double()
+    target = (1 - text_weight) * (wanted @ theirs.T).softmax(-1) + text_weight * text
+    log_q = (hidden @ ours.T).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, target, reduction="none").sum(-1).mean()
+    expected.backward()
+    seen = wanted if text_weight < 1 else None
+    divergence, gradient = _divergence(hidden.detach(), ours, seen, theirs, following, text_weight)
+    assert divergence == pytest.approx(expected.item(), rel=1e-12)
+    assert largest_error(gradient.numpy(), hidden.grad.numpy()) < 1e-12
+
+
+def test_a_fit_that_loses_leaves_the_layer_as_converted(teacher, tmp_path):
+    out = tmp_path / "model"
+    flags = ["--fit-learning-rate", "10", "--distill-steps", "0", "--measure-lengths", "64"]
+    assert warm_start.main([*arguments_for(teacher, out), *flags]) == 0
+    for layer in read_json(out / "warm_start.json")["layers"]:
+        assert layer["fitted"] == layer["converted"]
+
+
+@pytest.mark.parametrize("mlp_rate", [0.0, 1e-3])
+def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
+    from torch_ref.model import Model
+    from torch_ref.spec.parameters import initial_values
+    from train.data.packing import rows_of
+    from train.warm_start.fit import AdamWSettings, Distillation, distill
+
+    config, weights, _ = read_teacher(str(teacher))
+    dense = dataclasses.replace(SMALL, first_k_dense=SMALL.num_layers, intermediate_size=SMALL.moe_intermediate_size)
+    model = Model(dense).load_values(initial_values(dense, 0))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    rows = rows_of(np.random.default_rng(0).integers(1, SMALL.vocab_size, 4 * 32 + 1).tolist(), 32)
+    settings = Distillation(AdamWSettings(2, 2, 1e-3), mlp_rate, text_weight=1.0)
+    losses = distill(model, Teacher(config, weights), rows, settings, COMPUTE, tmp_path / "state.pt")
+    assert len(losses) == 2 and all(np.isfinite(losses))
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {
+        name for name in before if "attention" in name or "norm" in name or ("mlp" in name and mlp_rate > 0)
+    }
+
+
+# Experts
+
+
+def dense_model(seed: int = 0):
+    from torch_ref.spec.parameters import initial_values
+
+    config = dataclasses.replace(SMALL, first_k_dense=SMALL.num_layers)
+    return config, {row.name: value for row, value in initial_values(config, seed)}
+
+
+def routers(config: ModelConfig) -> list[np.ndarray]:
+    return list(np.random.default_rng(1).normal(size=(config.num_layers, config.n_routed_experts, config.hidden_size)))
+
+
+@pytest.mark.parametrize(("shared", "scaling"), [(1, 1.0), (2, 2.5), (0, 1.0)])
+def test_without_diversity_the_experts_compute_the_dense_mlp(shared, scaling):
+    dense_config, dense = dense_model()
+    config = dataclasses.replace(SMALL, n_shared_experts=shared, routed_scaling_factor=scaling)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, config.max_position)).astype(np.int32)
+    before = torch_model(dense_config, ((row, dense[row.name]) for row in parameter_table(dense_config)))
+    after = torch_model(config, upcycled_values(config, dense, routers(config), 0.0, 0))
+    assert largest_error(torch_logits(after, tokens), torch_logits(before, tokens)) < 1e-5
+
+
+def test_diversity_draws_a_share_of_each_experts_units_anew():
+    _, dense = dense_model()
+    values = {row.name: value for row, value in upcycled_values(SMALL, dense, routers(SMALL), 0.25, 0)}
+    gate, down = values["layers.0.mlp.experts.gate_proj"], values["layers.0.mlp.experts.down_proj"]
+    changed = (gate != dense["layers.0.mlp.gate_proj.weight"]).all(2)
+    np.testing.assert_array_equal(changed, (down != dense["layers.0.mlp.down_proj.weight"] / 2).all(1))
+    np.testing.assert_array_equal(changed.sum(1), 24)
+    assert len({tuple(expert) for expert in changed}) == SMALL.n_routed_experts
+    np.testing.assert_array_equal(
+        values["layers.0.mlp.shared_expert.gate_proj.weight"], dense["layers.0.mlp.gate_proj.weight"]
+    )
+
+
+def test_the_router_starts_balanced():
+    """Also where a large common component would send every token to the same experts."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4096, 64)) @ (rng.normal(size=(64, 64)) * np.geomspace(3, 0.05, 64)) + 4 * rng.normal(size=64)
+    x /= np.sqrt(np.square(x).mean(1, keepdims=True))
+    router = balanced_router(x.mean(0), x.T @ x / len(x), experts=8, seed=0, layer=0)
+    chosen = np.argsort(-(x @ router.T), axis=1)[:, :2]
+    load = np.bincount(chosen.ravel(), minlength=8)
+    assert load.max() / load.mean() < 1.5
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 80),
+        ("num_hidden_layers", 3),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("head_dim", 32),
+        ("intermediate_size", 128),
+        ("vocab_size", 1024),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("tie_word_embeddings", False),
+        ("rms_norm_eps", 1e-6),
+        ("rope_theta", 500000.0),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused_by_field(field, value):
+    check_shape("old", llama_config(), SMALL)
+    with pytest.raises(UserError, match=rf"--from old: {field} is "):
+        check_shape("old", llama_config(**{field: value}), SMALL)
+
+
+def test_another_architecture_is_refused():
+    with pytest.raises(UserError, match="model_type is gpt2"):
+        check_shape("old", transformers.GPT2Config(), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("q_lora_rank", 8), ("first_k_dense", 1), ("qk_nope_head_dim", 4), ("qk_nope_head_dim", 15)]
+)
+def test_a_new_model_that_cannot_be_filled_is_refused_by_field(field, value):
+    with pytest.raises(UserError, match=f"{field} = {value}: must be"):
+        check_shape("old", llama_config(), dataclasses.replace(SMALL, **{field: value}))
+
+
+def test_a_tokenizer_is_compared_by_its_entries(teacher):
+    own = load_tokenizer(str(teacher))
+    definition = json.loads(own.definition)
+    check_tokenizer(own, TextTokenizer(json.dumps(definition), "copy"))
+    other = copy.deepcopy(definition)
+    vocabulary = other["model"]["vocab"]
+    a, b = (token for token, number in vocabulary.items() if number in (70, 71))
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    with pytest.raises(UserError, match="--tokenizer other: entry 70 is "):
+        check_tokenizer(own, TextTokenizer(json.dumps(other), "other"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "no/such/folder"], "no such folder"),
+        (["--from", "absent.gguf"], "no such file"),
+        (["--preset", "huge"], "--preset huge: there are"),
+        (["--diversity", "1.5"], "--diversity 1.5"),
+        (["--seq-len", "4096"], "--seq-len 4096: must be from 2 to"),
+        (["--fit-rows", "many"], "fit-rows"),
+    ],
+)
+def test_mistakes_end_in_one_line(teacher, tmp_path, capsys, arguments, message):
+    given = ["--from", str(teacher), "--out", str(tmp_path / "new"), "--preset", "small-warm", "--seq-len", "64"]
+    given += ["--measure-lengths", "64"]
+    assert warm_start.main([*given, *arguments]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and message in said and "\n" not in said
+
+
+def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, warm, tmp_path, monkeypatch, capsys):
+    assert warm_start.main(arguments_for(teacher, warm)) == 2
+    assert "exists already" in capsys.readouterr().err
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_stages, "fit_attention", interrupt)
+    arguments = arguments_for(teacher, tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        warm_start.main(arguments)
+    assert warm_start.main([*arguments, "--fit-rows", "16"]) == 2
+    assert "of other options; delete that folder" in capsys.readouterr().err
+
+
+def test_a_gguf_files_own_tokenizer(tmp_path):
+    """SmolLM's splits numbers into digits, which the file says by a name only."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    from train.warm_start.teacher import _gguf_tokenizer
+
+    model = json.loads(train_tokenizer(["in 1984 the 1984 of 1984, the in 1984"] * 40, 300).definition)["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    tokenizer = _gguf_tokenizer(file)
+    assert tokenizer.eot_id == 0
+    assert [tokenizer.decode([number]) for number in tokenizer.encode("the 1984")][-4:] == list("1984")
+    assert tokenizer.decode(tokenizer.encode("the  é 1984")) == "the  é 1984"
+    assert json.loads(tokenizer.definition)["added_tokens"][0]["content"] == "<|endoftext|>"

@@ -1,0 +1,486 @@
+"""Rows and documents: exact positions in every kind of file, bad rows, errors, held-out documents, the Hub."""
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pyarrow
+import pytest
+
+from parity_tests.support.data import (
+    FailingSource,
+    LocalHub,
+    local_hub,
+    make_texts,
+    write_json_lines,
+    write_parquet,
+    write_text_files,
+)
+from torch_ref.spec.interface import UserError
+from train.data.corpus import BAD_ROWS_NAMED, DataError, Reader, compare_identity, held_out_below, open_source
+from train.data.hub import HubSource
+from train.data.sources import TEXT_DOCUMENT_BYTES, Bad, FileSource, Row, python_docs_source
+
+TEXTS = make_texts(47)
+
+
+def streamed(folder, text_field="text"):
+    """Local parquet files as `datasets` streams them from the Hub."""
+    import datasets
+
+    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return HubSource(dataset, "owner/data", None, None, text_field)
+
+
+def mixed_folder(folder):
+    write_parquet(folder / "a", TEXTS[:20], shards=2)
+    write_json_lines(folder / "b", TEXTS[20:30])
+    write_text_files(folder / "c", [*TEXTS[30:40], "\n\n".join(make_texts(400))])
+    return folder
+
+
+SOURCES = {
+    "parquet": lambda folder: FileSource(str(write_parquet(folder, TEXTS))),
+    "jsonl": lambda folder: FileSource(str(write_json_lines(folder, TEXTS))),
+    "mixed": lambda folder: FileSource(str(mixed_folder(folder))),
+    "datasets": lambda folder: streamed(write_parquet(folder, TEXTS)),
+}
+
+
+def texts_of(rows):
+    return [row.value.decode() if isinstance(row.value, bytes) else row.value for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------ positions
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_going_on_from_any_position_gives_the_rest(kind, tmp_path):
+    source = SOURCES[kind](tmp_path)
+    stream = source.rows(None)
+    states, rows = [stream.state()], []
+    for row in stream:
+        rows.append(row)
+        states.append(json.loads(json.dumps(stream.state())))
+    assert len({row.place for row in rows}) == len(rows) >= 40
+    assert kind == "mixed" or texts_of(rows) == TEXTS
+    for count, state in enumerate(states):
+        assert list(source.rows(state)) == rows[count:]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_stopped_twice_nothing_is_lost_or_repeated(kind, tmp_path):
+    source = SOURCES[kind](tmp_path)
+    whole = list(source.rows(None))
+    for counts in [(1, 1), (3, 6), (4, 4), (10, 17), (20, 21)]:
+        rows, state = [], None
+        for count in (*counts, None):
+            stream = source.rows(state)
+            rows += itertools.islice(stream, count)
+            state = stream.state()
+            stream.close()
+        assert rows == whole
+
+
+def test_parquet_goes_on_without_reading_earlier_row_groups(tmp_path):
+    """Row groups before the position are made unreadable: a stream that touched them would break."""
+    source = FileSource(str(write_parquet(tmp_path, TEXTS, shards=1, rows_per_group=10)))
+    stream = source.rows(None)
+    list(itertools.islice(stream, 25))
+    stream.close()
+    with open(source.files[0], "r+b") as file:
+        start = pyarrow.parquet.read_metadata(source.files[0]).row_group(2).column(0).file_offset
+        start = start or pyarrow.parquet.read_metadata(source.files[0]).row_group(2).column(0).dictionary_page_offset
+        file.write(b"PAR1" + b"\xff" * (start - 4))
+    assert texts_of(source.rows(stream.state())) == TEXTS[25:]
+    with pytest.raises(OSError):
+        list(source.rows(None))
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_parquet_text_in_other_encodings(kind, tmp_path):
+    source = FileSource(str(write_parquet(tmp_path, TEXTS, kind=kind)))
+    assert texts_of(source.rows(None)) == TEXTS
+
+
+# ----------------------------------------------------------------------------------------------------- text files
+
+
+def test_a_text_file_is_cut_without_loss(tmp_path):
+    paragraphs = ["漢字" * 300 + str(number) for number in range(40)]
+    long_line = "é" * (3 * TEXT_DOCUMENT_BYTES)
+    text = "\n\n".join(paragraphs) + "\n\n" + long_line + "\nend"
+    write_text_files(tmp_path, [text, "short", "x" * TEXT_DOCUMENT_BYTES])
+    rows = list(FileSource(str(tmp_path)).rows(None))
+    first = [row for row in rows if row.place.startswith("0000")]
+    assert "".join(texts_of(first)) == text
+    assert all(len(row.value) <= TEXT_DOCUMENT_BYTES for row in rows)
+    assert [row.value.endswith(b"\n\n") for row in first[:5]] == [True] * 5
+    assert texts_of(rows)[-2:] == ["short", "x" * TEXT_DOCUMENT_BYTES]
+    lines = text.split("\n")
+    for row in first:
+        assert lines[int(row.place.split(":")[1]) - 1].startswith(row.value.decode().split("\n")[0][:10])
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}\n')
+    assert texts_of(FileSource(str(tmp_path)).rows(None)) == ["hello", "line"]
+
+
+# ---------------------------------------------------------------------------------------------------- finding files
+
+
+def test_files_of_a_folder_and_a_glob(tmp_path):
+    write_json_lines(tmp_path / "x", TEXTS, shards=2)
+    write_text_files(tmp_path / "y", ["one"])
+    for ignored in ("y/notes.pdf", "x/.hidden.jsonl", ".cache/other.jsonl"):
+        (tmp_path / ignored).parent.mkdir(exist_ok=True)
+        (tmp_path / ignored).write_text("{}")
+    names = list(FileSource(str(tmp_path)).identity["files"])
+    assert names == ["x/part-0.jsonl", "x/part-1.jsonl", "y/0000.txt"]
+    assert list(FileSource(str(tmp_path / "**" / "*.txt")).identity["files"]) == ["0000.txt"]
+
+
+def test_unusable_files_are_refused_by_name(tmp_path):
+    write_parquet(tmp_path / "p", TEXTS)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
+    (tmp_path / "table.csv").write_text("a,b")
+    for dataset, field, words in [
+        ("p", "content", ["--text-field content", "part-0.parquet", "text"]),
+        ("p", "id", ["--text-field id", "int64"]),
+        ("broken.parquet", "text", ["broken.parquet", "parquet"]),
+        ("table.csv", "text", ["table.csv", ".jsonl"]),
+        ("missing.jsonl", "text", ["missing.jsonl"]),
+        ("*.md", "text", ["*.md"]),
+    ]:
+        with pytest.raises(UserError) as error:
+            open_source(str(tmp_path / dataset), None, None, field, tmp_path, keep=False)
+        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- bad rows
+
+BAD_LINES = [
+    (b'{"other": "x"}', "missing"),
+    (b'{"text": 5}', "int"),
+    (b'{"text": null}', "NoneType"),
+    (b'{"text": ""}', "empty"),
+    (b'{"text": " \\n\\t"}', "empty"),
+    (b'{"text": "\xff\xfe"}', "UTF-8"),
+    (b'{"text": "\\ud800"}', "UTF-8"),
+    (b'{"text": "x"', "JSON"),
+    (b'["text"]', "JSON object"),
+]
+
+
+def test_bad_lines_are_named_once_counted_and_skipped(tmp_path, caplog):
+    lines = [b'{"text": "first"}', *(line for line, _ in BAD_LINES), b"", b'{"text": "last"}']
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join(lines))
+    reader = Reader(FileSource(str(tmp_path)))
+    for _ in range(2):
+        assert [document.text for document in reader] == ["first", "last"]
+    assert len(reader.bad_rows) == len(BAD_LINES)
+    assert len(caplog.messages) == len(BAD_LINES)
+    for message, line, (_, reason) in zip(caplog.messages, range(2, 20), BAD_LINES, strict=False):
+        assert f"data.jsonl:{line}:" in message and reason in message
+
+
+@pytest.mark.parametrize("open_rows", [lambda folder: FileSource(str(folder)), streamed])
+def test_bad_parquet_rows_spoil_no_other(open_rows, tmp_path, caplog):
+    texts = [*TEXTS[:5], b"\xff\xfe bad", None, "", *TEXTS[8:]]
+    reader = Reader(open_rows(write_parquet(tmp_path, texts, shards=2, rows_per_group=10)))
+    assert [document.text for document in reader] == TEXTS[:5] + TEXTS[8:]
+    assert [any(f":{row}:" in message for message in caplog.messages) for row in range(5, 10)] == [False] + [
+        True
+    ] * 3 + [False]
+    assert len(reader.bad_rows) == 3
+
+
+def test_bad_text_is_named_with_its_line(tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(b"good\n")
+    (tmp_path / "b.txt").write_bytes(b"one\ntwo\nbad \xff\nfour")
+    reader = Reader(FileSource(str(tmp_path)))
+    assert [document.text for document in reader] == ["good\n"]
+    assert "b.txt:1" in caplog.text and "line 3" in caplog.text
+
+
+def test_many_bad_rows_do_not_flood_the_log(tmp_path, caplog):
+    (tmp_path / "data.jsonl").write_text('{"text": 1}\n' * 100 + '{"text": "good"}\n')
+    reader = Reader(FileSource(str(tmp_path)))
+    assert len(list(reader)) == 1
+    assert len(reader.bad_rows) == 100 and len(caplog.messages) == BAD_ROWS_NAMED + 1
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def waits_of(reader, monkeypatch):
+    waits = []
+    monkeypatch.setattr(reader.stop, "wait", lambda seconds: waits.append(seconds))
+    return waits
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_after_errors_every_document_is_read_once(kind, tmp_path, monkeypatch, caplog):
+    source = SOURCES[kind](tmp_path)
+    expected = list(Reader(source))
+    failing = FailingSource(source, rows=10, failures=3)
+    reader = Reader(failing, retries=3)
+    waits = waits_of(reader, monkeypatch)
+    documents, state = reader.read(None, 7)
+    while state is not None:
+        more, state = reader.read(state, 7)
+        documents += more
+    assert documents == expected
+    assert failing.failures == 0 and failing.opened == 4
+    assert len(waits) == 3 and caplog.text.count("connection lost") == 3
+
+
+def test_attempts_are_bounded_and_wait_longer_each_time(tmp_path, monkeypatch):
+    failing = FailingSource(SOURCES["jsonl"](tmp_path), rows=5, failures=100)
+    reader = Reader(failing, retries=9, wait=0.5)
+    waits = waits_of(reader, monkeypatch)
+    with pytest.raises(DataError, match="after 10 attempts.*connection lost"):
+        reader.read(None, 10)
+    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60] and failing.opened == 10
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
+    class Refusing:
+        opened = 0
+
+        def rows(self, state):
+            self.opened += 1
+            raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        Reader(source := Refusing()).read(None, 1)
+    assert source.opened == 1
+
+
+def test_a_reader_goes_back_where_it_is_told(tmp_path):
+    reader = Reader(SOURCES["parquet"](tmp_path))
+    first, state = reader.read(None, 5)
+    second, _ = reader.read(state, 5)
+    assert [reader.read(state, 5)[0], reader.read(None, 5)[0]] == [second, first]
+
+
+def test_the_end_of_the_run_stops_a_long_search():
+    class Endless:
+        def rows(self, state):
+            return (Row("not wanted", f"line:{number}") for number in itertools.count())
+
+    reader = Reader(Endless(), keep=lambda document: False)
+    threading.Timer(0.2, reader.stop.set).start()
+    with pytest.raises(DataError, match="the run ends"):
+        reader.read(None, 1)
+
+
+def test_the_end_of_the_run_cuts_a_wait_short(tmp_path):
+    reader = Reader(FailingSource(SOURCES["jsonl"](tmp_path), rows=5, failures=100), wait=50)
+    reader.stop.set()
+    start = time.monotonic()
+    with pytest.raises(DataError):
+        reader.read(None, 10)
+    assert time.monotonic() - start < 5
+
+
+# -------------------------------------------------------------------------------------------------------- held out
+
+
+def test_the_held_out_fraction_and_its_least(tmp_path):
+    texts = make_texts(2000)
+    reader = Reader(FileSource(str(write_json_lines(tmp_path / "many", texts))))
+    bound = held_out_below(reader, 0.1)
+    assert 150 < sum(document.digest < bound for document in reader) < 250
+    few = Reader(FileSource(str(write_json_lines(tmp_path / "few", texts[:30]))))
+    assert sum(document.digest < held_out_below(few, 1e-9) for document in few) == 1
+    one = Reader(FileSource(str(write_json_lines(tmp_path / "one", ["same", "same"], shards=1))))
+    assert held_out_below(one, 1e-9) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- identity
+
+
+def test_identity_names_what_differs(tmp_path):
+    old = FileSource(str(write_json_lines(tmp_path / "a", TEXTS))).identity
+    write_json_lines(tmp_path / "b", TEXTS)
+    assert compare_identity(old, FileSource(str(tmp_path / "b")).identity) == []  # the same files elsewhere
+    newer = {**old, "versions": {"pyarrow": "99"}}
+    assert compare_identity({**old, "versions": {"pyarrow": "98"}}, newer) == [
+        ("warn", "pyarrow was 98, is 99: the order of the data may differ")
+    ]
+    with open(tmp_path / "b" / "part-1.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    (tmp_path / "b" / "part-2.jsonl").unlink()
+    differences = compare_identity(old, FileSource(str(tmp_path / "b")).identity)
+    assert [severity for severity, _ in differences] == ["refuse", "refuse"]
+    assert "part-1.jsonl" in differences[0][1] and "part-2.jsonl" in differences[1][1]
+    (other,) = compare_identity(old, {**old, "text_field": "content"})
+    assert other == ("refuse", "text_field was text, is content")
+
+
+# ----------------------------------------------------------------------------------------------------- python-docs
+
+
+@pytest.fixture(scope="module")
+def python_docs(tmp_path_factory):
+    return python_docs_source(tmp_path_factory.mktemp("docs") / "python-docs.jsonl")
+
+
+def test_python_docs_are_megabytes_of_text(python_docs):
+    reader = Reader(python_docs)
+    documents = list(reader)
+    assert 1.5e6 < sum(len(document.text) for document in documents) < 4e6
+    assert len(documents) > 300 and len(reader.bad_rows) == 0
+    everything = "\n".join(document.text for document in documents)
+    assert "json.decoder.JSONDecoder" in everything and "Simple JSON <https://json.org> decoder" in everything
+    assert python_docs.identity["dataset"] == "python-docs"
+
+
+def test_python_docs_do_not_depend_on_the_process(python_docs, tmp_path):
+    file = tmp_path / "python-docs.jsonl"
+    code = f"from pathlib import Path; from train.data.sources import *; python_docs_source(Path({str(file)!r}))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert file.read_bytes() == python_docs.files[0].read_bytes()
+
+
+def test_a_run_keeps_its_python_docs(tmp_path):
+    file = tmp_path / "python-docs.jsonl"
+    file.write_text('{"text": "of another Python"}\n')
+    assert texts_of(python_docs_source(file, keep=True).rows(None)) == ["of another Python"]
+
+
+# --------------------------------------------------------------------------------------------------------- the Hub
+
+
+def run_with_hub(endpoint, home, code):
+    """In a process of its own, because the Hub's libraries read their settings when imported: (output, seconds)."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONWARNINGS": "error"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.monotonic() - start
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from torch_ref.spec.interface import UserError
+from train.data.corpus import Reader, open_source
+try:
+    source = open_source(*{arguments}, "text", Path("."), keep=False)
+except UserError as error:
+    sys.exit(print(error))
+"""
+
+
+def test_without_a_network_one_line_says_so_at_once(tmp_path):
+    code = OPEN.format(arguments=("HuggingFaceTB/smollm-corpus", None, None))
+    output, seconds = run_with_hub("http://127.0.0.1:9", tmp_path, code)
+    assert output.count("\n") == 1 and "can't be reached" in output and "--preset tiny" in output
+    assert "--dataset HuggingFaceTB/smollm-corpus" in output and seconds < 30
+
+
+def test_a_name_that_is_nowhere(tmp_path):
+    with local_hub({}) as hub:
+        output, _ = run_with_hub(hub.endpoint, tmp_path, OPEN.format(arguments=("owner/wrong", None, None)))
+    assert output.count("\n") == 1 and "owner/wrong" in output and "no such dataset on the Hub" in output
+
+
+README = """---
+configs:
+- config_name: small
+  data_files: [{split: train, path: "data/part-*"}]
+- config_name: other
+  data_files: [{split: train, path: "data/part-0*"}]
+---
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    folder = write_parquet(tmp_path / "data", TEXTS)
+    files = {f"data/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
+    with local_hub({"README.md": README.encode(), **files}) as hub:
+        yield hub
+
+
+def test_a_hub_dataset_is_streamed_at_one_revision(hub, tmp_path):
+    code = OPEN.format(arguments=("owner/data", "small", None)) + (
+        "print(source.identity['revision'], source.identity['shards'])\n"
+        "stream = source.rows(None)\n"
+        "texts = [next(stream).value for _ in range(20)]\n"
+        "state = stream.state()\n"
+        "stream.close()\n"
+        "print(texts + [row.value for row in source.rows(state)])"
+    )
+    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
+    assert output.splitlines() == [f"{LocalHub.REVISION} 3", str(TEXTS)]
+
+
+def test_a_hub_config_that_is_missing_is_named(hub, tmp_path):
+    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", OPEN.format(arguments=("owner/data", "large", None)))
+    assert output.count("\n") == 1 and "--dataset-config large" in output
+
+
+def test_a_hub_that_fails_in_the_middle(hub, tmp_path):
+    """Reads after the third are refused: what came before is given, then the attempts are used up."""
+    hub.refused_after = 3
+    code = OPEN.format(arguments=("owner/data", "small", None)) + (
+        "reader = Reader(source, retries=2, wait=0.01)\n"
+        "documents, state = reader.read(None, 10)\n"
+        "print(len(documents))\n"
+        "try:\n"
+        "    print(reader.read(state, 100))\n"
+        "except UserError as error:\n"
+        "    print(type(error).__name__, error)"
+    )
+    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
+    first, last = output.splitlines()
+    assert first == "10" and last.startswith("DataError --dataset: reading failed after 3 attempts") and "403" in last
+
+
+def test_a_hub_column_that_is_not_text(tmp_path):
+    write_parquet(tmp_path, TEXTS)
+    for field in ("id", "content"):
+        with pytest.raises(UserError, match=f"--text-field {field}"):
+            streamed(tmp_path, field)
+
+
+def test_rows_of_a_hub_dataset_without_a_schema(tmp_path):
+    import datasets
+
+    def records():
+        yield {"text": "one"}
+        yield {"other": 2}
+        yield {"text": "three"}
+
+    source = HubSource(datasets.IterableDataset.from_generator(records), "owner/data", None, None, "text")
+    assert [row.value for row in source.rows(None)] == ["one", Bad("the field 'text' is missing"), "three"]
+
+
+def test_reading_imports_no_framework(tmp_path):
+    write_parquet(tmp_path, TEXTS)
+    code = (
+        "import sys, train.data.packing, train.data.hub\n"
+        "from train.data.sources import FileSource\n"
+        f"rows = list(FileSource({str(tmp_path)!r}).rows(None))\n"
+        "print(len(rows), sorted({'torch', 'jax', 'flax', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(TEXTS)} []\n"
+
+
+@pytest.fixture(autouse=True)
+def log_level(caplog):
+    caplog.set_level(logging.WARNING)

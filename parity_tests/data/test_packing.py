@@ -1,0 +1,474 @@
+"""Batches: each token predicted once, exact positions, shuffling, held-out rows, and the thread that works ahead."""
+
+import dataclasses
+import gc
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from parity_tests.data.test_corpus import streamed
+from parity_tests.support.data import FailingSource, make_texts, write_json_lines, write_parquet, write_tokenizer
+from torch_ref.spec.interface import IGNORE, UserError
+from train.data.corpus import DataError, Reader, compare_identity
+from train.data.packing import Batch, DataOptions, Prefetcher, document_rows, open_data, pack
+
+TEXTS = make_texts(120)
+KINDS = ["parquet", "jsonl", "datasets"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def make_data(tokenizer_folder, tmp_path_factory):
+    """Data of the texts above in small files; windows of 16 documents, batches of 2 rows of 32 tokens."""
+
+    def make(kind="parquet", texts=TEXTS, **changes):
+        folder = tmp_path_factory.mktemp("data")
+        (write_json_lines if kind == "jsonl" else write_parquet)(folder / "corpus", texts)
+        settings = {
+            "dataset": str(folder / "corpus"),
+            "tokenizer": str(tokenizer_folder),
+            "vocab_size": 320,
+            "seq_len": 32,
+            "batch_size": 2,
+            "shuffle_window": 16,
+            "validation_rows": 8,
+            "validation_fraction": 0.1,
+            "retry_wait": 0.001,
+            "prefetch": 4,
+        }
+        data = open_data(DataOptions(**{**settings, **changes}), folder / "run")
+        if kind == "datasets":
+            data.source = streamed(folder / "corpus")
+        return data
+
+    return make
+
+
+def take(data, count, cursor=None):
+    batches = data.batches(cursor)
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def hashes(batches):
+    return [hashlib.sha256(batch.inputs.tobytes() + batch.targets.tobytes()).hexdigest() for batch in batches]
+
+
+def position(batch):
+    """Its cursor; of the state that `datasets` keeps (how far from where it last resumed), the row only."""
+    stream = batch.cursor["stream"] or {}
+    return {**batch.cursor, "stream": {name: stream[name] for name in stream if name != "datasets"}}
+
+
+def epochs_of(data, count):
+    """The batches of the first epochs, up to the one that begins the next."""
+    batches = data.batches()
+    taken = list(itertools.takewhile(lambda batch: batch.cursor["epoch"] < count, batches))
+    batches.close()
+    return taken
+
+
+def documents_in(data, batches):
+    """Texts of the documents whose end lies in these batches; the first lacks what came before them."""
+    ids = np.concatenate([batch.targets.ravel() for batch in batches])
+    ends = np.flatnonzero(ids == data.tokenizer.eot_id)
+    return [data.tokenizer.decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def training_texts(data):
+    return [document.text for document in Reader(data.source) if data.is_training(document)]
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_go_on_and_each_token_is_predicted_once(make_data):
+    batches = take(make_data(), 20)
+    inputs = np.concatenate([batch.inputs.ravel() for batch in batches])
+    targets = np.concatenate([batch.targets.ravel() for batch in batches])
+    assert batches[0].inputs.shape == batches[0].targets.shape == (2, 32)
+    assert batches[0].inputs.dtype == batches[0].targets.dtype == np.int32
+    np.testing.assert_array_equal(inputs[1:], targets[:-1])
+
+
+def test_documents_are_whole_and_end_in_a_scored_end_of_text(make_data):
+    data = make_data()
+    batches = take(data, 20)
+    assert set(documents_in(data, batches)) <= set(TEXTS)
+    targets = np.concatenate([batch.targets.ravel() for batch in batches])
+    assert (targets == data.tokenizer.eot_id).sum() > 20 and (targets != IGNORE).all()
+    assert batches[0].inputs[0, 0] == data.tokenizer.eot_id
+
+
+def test_the_tokens_do_not_depend_on_the_batch_size(make_data):
+    streams = []
+    for size in (1, 2, 3, 6):
+        batches = take(make_data(batch_size=size), 60 // size)
+        streams.append(np.concatenate([batch.inputs.ravel() for batch in batches]))
+    for stream in streams[1:]:
+        np.testing.assert_array_equal(stream, streams[0])
+
+
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_twice_the_batches_are_those_of_a_straight_run(kind, make_data):
+    """Over two epoch ends, stopping inside row groups, windows and documents."""
+    data = make_data(kind)
+    straight = take(data, 150)
+    assert straight[-1].cursor["epoch"] >= 2
+    for first, second in [(1, 1), (10, 10), (37, 51), (64, 17)]:
+        cursor, batches = None, []
+        for count in (first, second, 150 - first - second):
+            batches += take(data, count, json.loads(json.dumps(cursor)))
+            cursor = batches[-1].cursor
+        assert hashes(batches) == hashes(straight)
+        assert [position(batch) for batch in batches] == [position(batch) for batch in straight]
+
+
+@pytest.mark.parametrize("seq_len", [7, 32])
+def test_every_position_gives_the_next_batch(seq_len, make_data):
+    data = make_data(seq_len=seq_len, texts=TEXTS[:40])
+    straight = take(data, 160)
+    assert straight[-2].cursor["epoch"] >= 1
+    reader = Reader(data.source, data.is_training)
+    for batch, expected in itertools.pairwise(straight):
+        following = next(pack(reader, data.tokenizer, data.options, batch.cursor))
+        assert hashes([following]) == hashes([expected]) and following.cursor == expected.cursor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_visits_every_document_once(kind, make_data):
+    data = make_data(kind)
+    expected = Counter(training_texts(data))
+    batches = epochs_of(data, 3)
+    stop = next(number for number, batch in enumerate(batches) if batch.cursor["epoch"] == 1) + 5
+    resumed = batches[:stop] + take(data, len(batches) - stop, batches[stop - 1].cursor)
+    for run in (batches, resumed):
+        texts = documents_in(data, run)
+        for epoch in range(2):
+            assert Counter(texts[epoch * expected.total() : (epoch + 1) * expected.total()]) == expected
+        places = Counter(itertools.chain.from_iterable(dict.fromkeys(batch.documents) for batch in run))
+        assert len(places) == expected.total()
+
+
+def test_batches_say_which_documents_they_hold(make_data):
+    data = make_data()
+    places = {document.text: document.place for document in Reader(data.source)}
+    batch = take(data, 1)[0]
+    assert [places[text] for text in documents_in(data, [batch])] == list(batch.documents)[: len(batch.documents) - 1]
+
+
+# -------------------------------------------------------------------------------------------------------- shuffling
+
+
+def test_windows_are_shuffled_by_seed_epoch_and_number(make_data):
+    data = make_data(validation_rows=0)
+    texts = documents_in(data, epochs_of(data, 2))
+    windows = [slice(start, start + 16) for start in (0, 16, 32)]
+    orders = set()
+    for epoch in (texts[:120], texts[120:]):
+        for window in windows:
+            assert sorted(epoch[window]) == sorted(TEXTS[window])
+            orders.add(tuple(TEXTS[window].index(text) for text in epoch[window]))
+    assert len(orders) == 6 and tuple(range(16)) not in orders
+    other = make_data(validation_rows=0, seed=1)
+    assert documents_in(other, take(other, 20)) != documents_in(data, take(data, 20))
+
+
+def test_a_window_of_one_keeps_the_order(make_data):
+    data = make_data(validation_rows=0, shuffle_window=1)
+    assert documents_in(data, epochs_of(data, 1)) == TEXTS[: len(documents_in(data, epochs_of(data, 1)))]
+    assert len(documents_in(data, epochs_of(data, 2))) >= 2 * len(TEXTS) - 3
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+def scored_texts(data):
+    ids = data.validation.targets[data.validation.targets != IGNORE]
+    ends = np.flatnonzero(ids == data.tokenizer.eot_id)
+    return [data.tokenizer.decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_documents_are_never_trained_on(kind, make_data):
+    data = make_data(kind)
+    held_out = scored_texts(data)
+    assert 3 <= len(held_out) and set(held_out) <= set(TEXTS)
+    batches = epochs_of(data, 2)
+    stop = len(batches) // 3
+    batches += take(data, len(batches), batches[stop].cursor)
+    assert not set(held_out) & set(documents_in(data, batches))
+
+
+def test_copies_of_a_held_out_document_are_held_out(make_data):
+    data = make_data(texts=TEXTS + TEXTS, validation_rows=1000)
+    assert set(Counter(scored_texts(data)).values()) == {2}
+    assert not set(scored_texts(data)) & set(training_texts(data))
+
+
+def test_validation_rows_are_bounded_whole_documents(make_data):
+    for bound in (3, 8, 1000):
+        data = make_data(validation_rows=bound, validation_fraction=0.3)
+        inputs, targets = data.validation
+        assert inputs.shape == targets.shape == (len(inputs), 32) and len(inputs) <= bound
+        assert data.validation_bytes == sum(len(text.encode()) for text in scored_texts(data))
+        scored = targets != IGNORE
+        assert scored[:-1].all() and np.diff(scored[-1].astype(int)).max(initial=0) <= 0
+        np.testing.assert_array_equal(inputs.ravel()[1:][scored.ravel()[1:]], targets.ravel()[:-1][scored.ravel()[1:]])
+    assert len(scored_texts(data)) == len(TEXTS) - len(training_texts(data))
+
+
+def test_a_long_first_document_is_cut_at_a_character(make_data):
+    texts = ["漢字🙂 " * 500 + str(number) for number in range(4)]
+    data = make_data(texts=texts, validation_rows=2, validation_fraction=0.5)
+    ids = data.validation.targets[data.validation.targets != IGNORE].tolist()
+    assert len(data.validation.targets) == 2 and 60 <= len(ids) <= 64
+    text = data.tokenizer.decode(ids)
+    assert texts[0].startswith(text) and data.validation_bytes == len(text.encode())
+
+
+def test_no_validation(make_data):
+    data = make_data(validation_rows=0)
+    assert data.validation.inputs.shape == (0, 32) and data.validation_bytes == 0
+    assert sorted(training_texts(data)) == sorted(TEXTS)
+
+
+def test_a_document_alone(make_data):
+    tokenizer = make_data().tokenizer
+    ids = tokenizer.encode(TEXTS[0])[:9]
+    inputs, targets = document_rows(ids, 4, tokenizer.eot_id)
+    assert inputs.shape == (3, 4)
+    assert inputs.ravel()[:10].tolist() == [0, *ids] and targets.ravel()[:10].tolist() == [*ids, 0]
+    assert targets.ravel()[10:].tolist() == [IGNORE, IGNORE]
+
+
+# -------------------------------------------------------------------------------------------------- opening, resuming
+
+
+def test_a_run_goes_on_with_what_its_folder_keeps(make_data, tmp_path):
+    """Elsewhere: the tokenizer's folder is gone, the corpus lies in another place."""
+    texts, run = make_texts(60), tmp_path / "run"
+    write_tokenizer(tmp_path / "tokenizer", texts)
+    write_json_lines(tmp_path / "here", texts)
+    options = dataclasses.replace(
+        make_data().options, dataset=str(tmp_path / "here"), tokenizer=str(tmp_path / "tokenizer")
+    )
+    first = open_data(options, run)
+    straight = take(first, 12)
+    (tmp_path / "tokenizer").rename(tmp_path / "gone")
+    (tmp_path / "here").rename(tmp_path / "there")
+    second = open_data(dataclasses.replace(options, dataset=str(tmp_path / "there")), run, resume=True)
+    assert compare_identity(first.identity, second.identity) == []
+    np.testing.assert_array_equal(second.validation.inputs, first.validation.inputs)
+    assert second.validation_bytes == first.validation_bytes
+    assert hashes(take(second, 5, straight[6].cursor)) == hashes(straight[7:])
+
+
+def test_other_data_is_told_from_the_identity(make_data):
+    data = make_data()
+    for change, named in [
+        ({"seed": 1}, "shuffle"),
+        ({"shuffle_window": 8}, "shuffle"),
+        ({"validation_rows": 0}, "held_out"),
+    ]:
+        (difference,) = compare_identity(data.identity, make_data(**change).identity)
+        assert difference[0] == "refuse" and difference[1].startswith(named)
+    assert compare_identity(data.identity, make_data(batch_size=1, prefetch=1).identity) == []
+    differences = compare_identity(data.identity, make_data(tokenizer="bpe").identity)
+    assert [message.split()[0] for _, message in differences] == ["tokenizer"]
+
+
+def test_a_changed_bound_makes_new_validation_rows(make_data, tmp_path):
+    options = make_data().options
+    assert len(open_data(options, tmp_path).validation.inputs) > 2
+    less = dataclasses.replace(options, validation_rows=2)
+    assert len(open_data(less, tmp_path, resume=True).validation.inputs) <= 2
+
+
+def test_a_corpus_without_documents_is_refused(make_data, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"content": "x"}\n' * 3)
+    options = dataclasses.replace(make_data().options, dataset=str(tmp_path / "data.jsonl"))
+    with pytest.raises(UserError, match="no document to train on \\(3 rows without text in --text-field text"):
+        take(open_data(options, tmp_path), 1)
+
+
+def test_the_default_corpus_with_a_trained_tokenizer(tmp_path):
+    options = DataOptions(dataset="python-docs", tokenizer="bpe", vocab_size=512, seq_len=128, batch_size=4)
+    data = open_data(options, tmp_path)
+    assert data.tokenizer.vocab_size == 512 and data.bad_rows == 0 and len(data.validation.inputs) > 20
+    batch = take(data, 3)[-1]
+    again = open_data(options, tmp_path, resume=True)
+    assert again.identity == data.identity
+    assert hashes(take(again, 1, batch.cursor)) == hashes(take(data, 4)[3:])
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def test_after_a_lasting_error_the_run_can_go_on_later(make_data):
+    data = make_data(data_retries=2, validation_rows=0)
+    straight = take(data, 60)
+    healthy, data.source = data.source, FailingSource(data.source, rows=40, failures=3, lasting=True)
+    batches = data.batches()
+    got = []
+    with pytest.raises(DataError, match="after 3 attempts"):
+        for batch in batches:
+            got.append(batch)
+    assert len(got) > 5
+    with pytest.raises(DataError):
+        next(batches)
+    data.source = healthy
+    got += take(data, 60 - len(got), got[-1].cursor)
+    assert hashes(got) == hashes(straight)
+
+
+def test_short_failures_change_nothing(make_data, caplog):
+    data = make_data(data_retries=2)
+    straight = take(data, 60)
+    data.source = FailingSource(data.source, rows=25, failures=5)
+    assert hashes(take(data, 60)) == hashes(straight)
+    assert data.source.failures == 0 and caplog.text.count("connection lost") == 5
+
+
+# ------------------------------------------------------------------------------------------------- working ahead
+
+
+def batch_of(number):
+    return Batch(np.full((1, 1), number, np.int32), np.zeros((1, 1), np.int32), {"number": number})
+
+
+def test_an_error_comes_after_the_batches_before_it():
+    def failing():
+        yield from map(batch_of, range(3))
+        raise RuntimeError("broken")
+
+    batches = Prefetcher(failing(), 10, threading.Event())
+    assert [next(batches).cursor["number"] for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken"):
+            next(batches)
+
+
+def test_the_thread_works_ahead_but_not_without_bound():
+    made = []
+    endless = (made.append(number) or batch_of(number) for number in itertools.count())
+    batches = Prefetcher(endless, 3, threading.Event())
+    time.sleep(0.3)
+    assert 3 <= len(made) <= 5
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 1
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_waiting_is_measured():
+    def slow():
+        for number in range(3):
+            time.sleep(0.1)
+            yield batch_of(number)
+
+    batches = Prefetcher(slow(), 2, threading.Event())
+    assert len(list(batches)) == 3
+    assert 0.2 < batches.wait_seconds < 2
+    waited = batches.wait_seconds
+    time.sleep(0.1)
+    assert batches.wait_seconds == waited
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "data"]
+
+
+def test_no_thread_outlives_its_batches(make_data):
+    data = make_data()
+    before = len(data_threads())
+    batches = data.batches()
+    next(batches)
+    assert len(data_threads()) == before + 1
+    del batches
+    gc.collect()
+    assert len(data_threads()) == before
+
+
+def test_closing_cuts_the_wait_before_another_attempt_short(make_data):
+    data = make_data(retry_wait=60.0, validation_rows=0)
+    data.source = FailingSource(data.source, rows=0, failures=1)
+    batches = data.batches()
+    time.sleep(0.2)
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 2 and not data_threads()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        ("parquet", ""),
+        ("datasets", ""),
+        ("datasets", "raise SystemExit(3)"),
+        ("parquet", "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"),
+    ],
+)
+def test_a_process_ends_at_once_after_a_half_read_stream(kind, ending, make_data):
+    """The stream is not closed: the interpreter is left to do it."""
+    data = make_data(kind, texts=make_texts(2000))
+    code = f"""
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+from pathlib import Path
+from parity_tests.data.test_corpus import streamed
+from train.data.packing import DataOptions, open_data
+corpus = Path({data.options.dataset!r})
+data = open_data(DataOptions(**{dataclasses.asdict(data.options)!r}), corpus.parent / "run", resume=True)
+if {kind!r} == "datasets":
+    data.source = streamed(corpus)
+batches = data.batches()
+next(batches), next(batches)
+print(time.time())
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    ended = time.time() - float(done.stdout)
+    assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(ending, -2)
+    assert ending.startswith("os.kill") or done.stderr == ""
+    assert ended < 15
+
+
+@pytest.mark.slow
+def test_packing_keeps_up_with_the_bare_tokenizer(make_data):
+    """Reading, tokenizing and packing in the thread, from the first batch to the end of the third epoch, against the
+    tokenizer's own call for all texts at once; medians of 5."""
+    texts = make_texts(3000, longest=1200)
+    data = make_data(texts=texts, validation_rows=0, seq_len=512, batch_size=8, shuffle_window=2048)
+    bare, packed = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        tokens = sum(map(len, data.tokenizer.encode_batch(texts)))
+        bare.append(tokens / (time.perf_counter() - start))
+        with closing(data.batches()) as batches:
+            next(batches)
+            start, count = time.perf_counter(), 0
+            for batch in batches:
+                if batch.cursor["epoch"] == 3:
+                    break
+                count += batch.inputs.size
+            packed.append(count / (time.perf_counter() - start))
+    assert sorted(packed)[2] >= 0.9 * sorted(bare)[2]

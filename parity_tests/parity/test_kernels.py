@@ -1,0 +1,289 @@
+"""Fast paths against the plain ones of the same framework, values and gradients, on inputs made to break them."""
+
+import importlib
+from functools import cache
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.measure import relative_error
+from parity_tests.support.backends import CONFIG, FRAMEWORKS
+
+HIDDEN, FFN = 12, 20
+
+
+def torch_gradients(function, operands, upstream):
+    """Output of `function`, and the gradients of its operands for an upstream gradient."""
+    import torch
+
+    leaves = [torch.from_numpy(operand).requires_grad_() for operand in operands]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, torch.from_numpy(upstream).to(out.dtype))
+    return [tensor.detach().numpy() for tensor in (out, *gradients)]
+
+
+def flax_gradients(function, operands, upstream):
+    import jax
+
+    with jax.enable_x64(operands[0].dtype == np.float64):
+
+        def run(operands, upstream):
+            out, backward = jax.vjp(function, *operands)
+            return out, *backward(upstream.astype(out.dtype))
+
+        return [np.asarray(array) for array in jax.jit(run)(tuple(operands), upstream)]
+
+
+def gradients(framework):
+    return {"torch": torch_gradients, "flax": flax_gradients}[framework]
+
+
+def module(framework, name):
+    return importlib.import_module(f"{'torch_ref' if framework == 'torch' else 'flax_model'}.{name}")
+
+
+def integers(framework, array):
+    if framework == "torch":
+        import torch
+
+        return torch.from_numpy(array)
+    import jax.numpy as jnp
+
+    return jnp.asarray(array, jnp.int32)
+
+
+# Which experts each token takes: [tokens, topk] of some number of experts.
+def spread(tokens, experts, topk=2):
+    return np.argsort(np.random.default_rng(7).random((tokens, experts)), axis=1)[:, :topk]
+
+
+ROUTINGS = {
+    "random": (4, spread(150, 4)),
+    "one token": (4, spread(1, 4)),
+    "all tokens to the same two experts, the others idle": (4, np.tile([[3, 1]], (130, 1))),
+    "whole blocks": (2, np.tile([[0, 1]], (64, 1))),
+    "one token more than a block": (2, np.tile([[1, 0]], (65, 1))),
+    "one expert per token": (3, spread(70, 3, topk=1)),
+    "every expert for every token": (3, spread(67, 3, topk=3)),
+}
+
+
+@cache
+def expert_gradients(framework, routing, path, remat):
+    """Output, and gradients of x, routing weights, gate, up and down."""
+    experts, chosen = ROUTINGS[routing]
+    generator = np.random.default_rng(0)
+    tokens = len(chosen)
+    shapes = ((tokens, HIDDEN), chosen.shape, (experts, FFN, HIDDEN), (experts, FFN, HIDDEN), (experts, HIDDEN, FFN))
+    operands = [generator.standard_normal(shape) for shape in shapes]
+    upstream = generator.standard_normal((tokens, HIDDEN))
+    moe = module(framework, "moe")
+
+    def function(x, weights, gate, up, down):
+        # Scores play no part in the experts: any array of their shape will do.
+        routing = moe.Routing(integers(framework, chosen), weights, x[:, :1] * 0 + gate[:, 0, 0])
+        return moe.EXPERT_PATHS[path](x, routing, gate, up, down, remat)
+
+    return gradients(framework)(function, operands, upstream)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("path, remat", [("grouped", False), ("grouped", True), ("blocks", False)])
+def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path, remat):
+    if framework == "flax" and remat and routing != "random":
+        pytest.skip("a compilation each; what differs with remat is the same for every routing")
+    got, expected = (
+        expert_gradients(framework, routing, path, remat),
+        expert_gradients(framework, routing, "dense", False),
+    )
+    for what, a, b in zip(("output", "x", "weights", "gate", "up", "down"), got, expected, strict=True):
+        assert relative_error(a, b) <= 1e-13, what
+    experts, chosen = ROUTINGS[routing]
+    idle = sorted(set(range(experts)) - set(chosen.ravel().tolist()))
+    assert all((gradient[idle] == 0).all() for gradient in got[3:])
+
+
+LENGTHS = [1, 2, 5, 63, 64, 65, 300]
+
+
+def attention_operands(seq, dtype):
+    """Three heads to one K/V head, and key and value sizes that differ."""
+    generator = np.random.default_rng(seq)
+    shapes = ((2, seq, 6, 20), (2, seq, 2, 20), (2, seq, 2, 14))
+    return [generator.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+ATTENTION = [
+    pytest.param(framework, path, marks=framework_case.marks, id=f"{framework} {path}")
+    for framework_case in FRAMEWORKS
+    for framework in framework_case.values
+    for path in {"torch": ("sdpa", "masked"), "flax": ("blocked",)}[framework]
+]
+
+
+@pytest.mark.parametrize("seq", LENGTHS)
+@pytest.mark.parametrize("framework, path", ATTENTION)
+def test_attention_paths_against_the_plain_one(framework, path, seq, monkeypatch):
+    attention = module(framework, "attention")
+    if framework == "flax":
+        if seq not in (1, 65, 300):
+            pytest.skip("a compilation each; these lengths have a block's part, a block and more, and several")
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 64)  # several blocks, without the sizes that 256 would take
+    operands = attention_operands(seq, np.float64)
+    upstream = np.random.default_rng(1).standard_normal((2, seq, 6, 14))
+    got, expected = (
+        gradients(framework)(
+            lambda q, k, v, name=name: attention.ATTENTION_PATHS[name](q, k, v, 20**-0.5), operands, upstream
+        )
+        for name in (path, "plain")
+    )
+    for what, a, b in zip(("output", "q", "k", "v"), got, expected, strict=True):
+        assert relative_error(a, b) <= 1e-13, what
+
+
+CAUSAL = [*ATTENTION, *[pytest.param(*case.values, "plain", marks=case.marks) for case in FRAMEWORKS]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seq", [1, 2, 5, 63, 64])
+@pytest.mark.parametrize("framework, path", CAUSAL)
+def test_no_position_sees_a_later_one(framework, path, seq, dtype, monkeypatch):
+    """Changing keys and values from some position on leaves every earlier output as it was, to the bit."""
+    attention = module(framework, "attention")
+    if framework == "flax":
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+
+    def attend(operands):
+        if framework == "torch":
+            import torch
+
+            tensors = [torch.from_numpy(operand).to(getattr(torch, dtype)) for operand in operands]
+            return attention.ATTENTION_PATHS[path](*tensors, 20**-0.5).float().numpy()
+        import jax
+        import jax.numpy as jnp
+
+        arrays = [jnp.asarray(operand, dtype) for operand in operands]
+        attend = jax.jit(lambda q, k, v: attention.ATTENTION_PATHS[path](q, k, v, 20**-0.5))
+        return np.asarray(attend(*arrays), np.float32)
+
+    operands = attention_operands(seq, np.float32)
+    before = attend(operands)
+    position = seq // 2
+    operands[1][:, position:] *= -3
+    operands[2][:, position:] += 5
+    after = attend(operands)
+    np.testing.assert_array_equal(after[:, :position], before[:, :position])
+    assert (after[:, position:] != before[:, position:]).any(-1).all()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("tokens, chunk", [(100, 32), (64, 32), (7, 32), (1, 1)])
+def test_chunked_loss_against_all_logits_at_once(framework, tokens, chunk):
+    generator = np.random.default_rng(2)
+    operands = [generator.standard_normal((tokens, HIDDEN)), generator.standard_normal((50, HIDDEN))]
+    targets = integers(framework, generator.integers(-1, 50, tokens))
+    loss = module(framework, "loss")
+    upstream = np.float64(0.3)
+    got = gradients(framework)(lambda h, e: loss.cross_entropy(h, e, targets, chunk), operands, np.array(upstream))
+    expected = gradients(framework)(lambda h, e: loss.cross_entropy_plain(h, e, targets), operands, np.array(upstream))
+    for what, a, b in zip(("loss", "hidden", "embedding"), got, expected, strict=True):
+        assert relative_error(a, b) <= 1e-13, what
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_loss_against_a_hand_made_shifted_reference(framework):
+    """The token after each position is what is scored there; unscored ones count nothing."""
+    generator = np.random.default_rng(3)
+    tokens = generator.integers(0, 9, 13)
+    hidden, embedding = generator.standard_normal((12, HIDDEN)), generator.standard_normal((9, HIDDEN))
+    targets = tokens[1:].copy()
+    targets[4] = -1
+    expected = 0.0
+    for position in range(12):
+        if position != 4:
+            logits = embedding @ hidden[position]
+            expected += np.log(np.exp(logits).sum()) - logits[tokens[position + 1]]
+    loss = module(framework, "loss")
+    got = gradients(framework)(
+        lambda h, e: loss.cross_entropy(h, e, integers(framework, targets), 5), [hidden, embedding], np.array(1.0)
+    )
+    assert got[0] == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_ties_go_to_the_lowest_index(framework):
+    scores = np.array([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.7, 0.7], [0.2, 0.1, 0.2, 0.3]], np.float32)
+    if framework == "torch":
+        import torch
+
+        scores = torch.from_numpy(scores)
+    else:
+        import jax.numpy as jnp
+
+        scores = jnp.asarray(scores)
+    assert np.asarray(module(framework, "moe").top_k(scores, 2)).tolist() == [[0, 1], [1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
+    moe = module(framework, "moe")
+    generator = np.random.default_rng(4)
+    x, router = (generator.standard_normal(shape).astype(np.float32) for shape in ((30, HIDDEN), (4, HIDDEN)))
+
+    def route(bias):
+        operands = [x, router, np.array(bias, np.float32)]
+        if framework == "torch":
+            import torch
+
+            routing = moe.route(*map(torch.from_numpy, operands), CONFIG)
+        else:
+            import jax.numpy as jnp
+
+            routing = moe.route(*map(jnp.asarray, operands), CONFIG)
+        return [np.asarray(part) for part in routing]
+
+    chosen, weights, scores = route([0, 0, 0, 0])
+    same_chosen, same_weights, _ = route([5, 5, 5, 5])
+    np.testing.assert_array_equal(same_chosen, chosen)
+    np.testing.assert_array_equal(same_weights, weights)
+    biased_chosen, biased_weights, biased_scores = route([0, 0, 9, 0])
+    np.testing.assert_array_equal(biased_scores, scores)
+    assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
+    taken = np.take_along_axis(scores, biased_chosen, axis=1)
+    np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize(("outputs", "parts"), [(30, 2), (30, 3), (31, 2), (30, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_split_product(rows, outputs, parts, transposed):
+    """Parts for the cores: the same values as one product, also where the outputs do not divide."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref.layers import split_product
+
+    draw = np.random.default_rng(0).standard_normal
+    x, weight = draw((rows, 7)), draw((7, outputs)).T if transposed else draw((outputs, 7))
+    out = split_product(torch.from_numpy(x), torch.from_numpy(weight), parts)
+    np.testing.assert_allclose(out, x @ weight.T, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("one_core", [False, True])
+def test_products_are_split_where_one_core_would_take_them(monkeypatch, dtype, rows, one_core):
+    """On any processor: the same values either way, and split are few rows that MKL multiplies."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref import layers
+
+    split = []
+    monkeypatch.setattr(layers, "ONE_CORE_PRODUCTS", one_core)
+    monkeypatch.setattr(layers, "split_product", lambda x, weight, parts: split.append(parts) or x @ weight.T)
+    draw = np.random.default_rng(0).standard_normal
+    x, weight = (torch.from_numpy(draw(shape)).to(getattr(torch, dtype)) for shape in ((rows, 8), (6, 8)))
+    out = layers.product(x, weight)
+    tolerance = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(out.double(), x.double() @ weight.double().T, rtol=tolerance, atol=tolerance)
+    assert out.dtype == x.dtype
+    wanted = one_core and rows < layers.FEW_ROWS and dtype != "bfloat16"
+    assert split == ([torch.get_num_threads()] if wanted else [])

@@ -1,0 +1,420 @@
+"""The training loop: cadence, names, resuming, early stopping, and every way a run can end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.support.fakes import FakeBackend, FakeData, small_options
+from torch_ref.spec.interface import IGNORE, UserError
+from train.run.loop import COMPLETE, FAILED, Run, fixed_size_parts
+from train.run.options import Options
+from train.run.overview import disk_estimate
+from train.run.progress import Progress
+from train.run.runlog import read_metrics
+
+
+class Stage:
+    """A run folder with a fake backend and data to start runs in."""
+
+    def __init__(self, run_dir: Path, options: Options | None = None) -> None:
+        self.run_dir = run_dir
+        self.prepare(options or small_options())
+
+    def prepare(self, options: Options) -> None:
+        self.options, self.backend, self.data = options, FakeBackend(options), FakeData(options)
+
+    def train(self, **changes: object) -> int:
+        if changes:
+            self.prepare(small_options(**changes))
+        self.run_dir.mkdir(exist_ok=True)
+        return Run(self.options, self.run_dir, self.backend, self.data, write_weights).train()
+
+    def records(self, kind: str) -> list[dict]:
+        return [record for record in read_metrics(self.run_dir) if record["kind"] == kind]
+
+    def losses(self) -> list[tuple[int, float]]:
+        return [(record["step"], record["loss"]) for record in self.records("step")]
+
+    def files(self, folder: str) -> list[str]:
+        return sorted(path.name for path in (self.run_dir / folder).iterdir())
+
+    @property
+    def text(self) -> str:
+        return (self.run_dir / "training.logs").read_text()
+
+
+def write_weights(run_dir: Path, backend: FakeBackend) -> Path:
+    path = run_dir / "deepseek_final.npy"
+    np.save(path, backend.state().weights["weights"])
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second, a run here milliseconds; `test_plot.py` draws."""
+
+    def plot_runs(run_dirs: list[Path], output: Path) -> Path:
+        output.write_text(f"curves of {run_dirs}")
+        return output
+
+    monkeypatch.setattr("train.run.loop.plot_runs", plot_runs)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path / "run")
+
+
+@pytest.fixture
+def straight(tmp_path: Path) -> Stage:
+    """A run that nothing disturbed."""
+    stage = Stage(tmp_path / "straight")
+    assert stage.train() == COMPLETE
+    return stage
+
+
+def kill_at(number: int, at_step: int):
+    def before_step(step: int) -> None:
+        if step == at_step:
+            os.kill(os.getpid(), number)
+
+    return before_step
+
+
+def test_files_of_a_complete_run(straight: Stage) -> None:
+    # Every 5 steps, at the end of the main phase (12) and once at the end, which is also a multiple of 5.
+    assert straight.files("checkpoints") == ["step_10.npz", "step_12.npz", "step_5.npz", "step_final_15.npz"]
+    assert straight.files("best") == [f"step_{straight.records('validation')[-1]['best_step']}.npz"]
+    for name in ("training.logs", "metrics.jsonl", "settings.toml", "deepseek_final.npy", "plot.png"):
+        assert (straight.run_dir / name).stat().st_size > 0, name
+    assert [record["step"] for record in straight.records("validation")] == [4, 8, 12, 15]
+    assert [record["step"] for record in straight.records("sample")] == [5, 10, 15]
+    assert straight.records("end") == [{"kind": "end", "step": 15, "state": "complete"}]
+
+
+def test_announcements_are_worded_and_ruled_as_promised(straight: Stage) -> None:
+    rule = "=" * 50
+    path = straight.run_dir / "checkpoints" / "step_5.npz"
+    assert f"{rule}\nSaving checkpoint at step 5\n{rule}\nCheckpoint saved to: {path}\n{rule}\n" in straight.text
+    sample = "Prompt: Once upon a time\nGenerated text:\nOnce upon a time" + chr(65 + 10) * 3
+    assert f"{rule}\nGenerating text sample at step 10\n{rule}\n{sample}\n{rule}\n" in straight.text
+    assert "Main phase: steps 1 to 12" in straight.text
+    assert "Extended phase: steps 13 to 15, learning rate 0.01" in straight.text
+    assert straight.text.index("Step 12 |") < straight.text.index("Extended phase") < straight.text.index("Step 13 |")
+
+
+def test_metrics_hold_what_the_log_rounds(straight: Stage) -> None:
+    steps = straight.records("step")
+    assert [step["step"] for step in steps] == list(range(1, 16))
+    assert [step["phase"] for step in steps] == ["main"] * 12 + ["extended"] * 3
+    assert steps[0]["learning_rate"] == pytest.approx(0.1 / 3, rel=1e-15)
+    assert [step["learning_rate"] for step in steps[-4:]] == pytest.approx([0.01] * 4, rel=1e-12)
+    assert [step["tokens_seen"] for step in steps] == [32 * (n + 1) for n in range(15)]
+    assert [step["data_position"] for step in steps] == [{"batch": n + 1} for n in range(15)]
+    assert steps[0]["expert_load"] == [1.5, 1.0] and steps[0]["expert_counts"][0] == [6, 2, 4, 4]
+    shown = re.findall(r"^Step (\d+) \| Loss: ([\d.]+) .*\(accumulated over 2 batches\)$", straight.text, re.M)
+    assert shown == [(str(step["step"]), f"{step['loss']:.4f}") for step in steps]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("at_step", [1, 5, 7, 13])
+def test_a_signal_finishes_the_step_and_the_run_goes_on(
+    stage: Stage, straight: Stage, number: int, code: int, at_step: int
+) -> None:
+    stage.backend.before_step = kill_at(number, at_step)
+    assert stage.train() == code
+    assert stage.losses() == straight.losses()[:at_step]
+    assert f"step_{at_step}.npz" in stage.files("checkpoints")
+    assert stage.records("end")[0]["state"] == "interrupted"
+
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
+    assert stage.data.given == list(range(at_step, 15))
+    assert [r["loss"] for r in stage.records("validation")] == [r["loss"] for r in straight.records("validation")]
+
+
+def test_a_signal_during_the_last_step_still_completes(stage: Stage) -> None:
+    stage.backend.before_step = kill_at(signal.SIGINT, 15)
+    assert stage.train() == COMPLETE
+
+
+def test_a_second_signal_ends_at_once(stage: Stage) -> None:
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in a shell's background
+    stage.backend.before_step = twice
+    with pytest.raises(KeyboardInterrupt):
+        stage.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_after_a_crash_the_logs_are_cut_back_to_the_checkpoint(stage: Stage, straight: Stage) -> None:
+    def crash(step: int) -> None:
+        if step == 9:
+            raise RuntimeError("power cut")
+
+    stage.backend.before_step = crash
+    with pytest.raises(RuntimeError):
+        stage.train()
+    assert stage.losses()[-1][0] == 8
+
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
+    lines = [line for line in stage.text.splitlines() if line.startswith("Step ")]
+    assert [int(line.split()[1]) for line in lines] == list(range(1, 16))
+    assert "Resuming from" in stage.text and "at step 5" in stage.text
+
+
+def test_a_crash_before_the_first_checkpoint_starts_over(stage: Stage, straight: Stage) -> None:
+    def crash(step: int) -> None:
+        if step == 3:
+            raise RuntimeError("power cut")
+
+    stage.backend.before_step = crash
+    with pytest.raises(RuntimeError):
+        stage.train()
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
+
+
+def test_a_complete_run_says_so_and_does_nothing(straight: Stage, capsys: pytest.CaptureFixture) -> None:
+    before = straight.text
+    straight.prepare(small_options())
+    assert straight.train() == COMPLETE
+    assert "The run is complete: 15 steps" in capsys.readouterr().out
+    assert straight.text == before and straight.data.given == [] and straight.backend.saves == []
+
+
+def test_missing_final_weights_of_a_complete_run_are_written(straight: Stage) -> None:
+    weights = np.load(straight.run_dir / "deepseek_final.npy")
+    (straight.run_dir / "deepseek_final.npy").unlink()
+    straight.prepare(small_options())
+    assert straight.train() == COMPLETE
+    assert np.array_equal(np.load(straight.run_dir / "deepseek_final.npy"), weights)
+    assert straight.backend.saves == []
+
+
+def test_more_extended_steps_go_on_from_a_complete_run(straight: Stage) -> None:
+    assert straight.train(extended_steps=5) == COMPLETE
+    assert straight.data.given == [15, 16]
+    assert "step_final_17.npz" in straight.files("checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 0.2}, "--learning-rate was 0.1, now 0.2"),
+        ({"seq_len": 4}, "--seq-len was 8, now 4"),
+        ({"steps": 20}, "--steps was 12, now 20"),
+        ({"dtype": "bfloat16"}, "--dtype was float32, now bfloat16"),
+    ],
+)
+def test_a_change_of_trajectory_is_refused_by_name(straight: Stage, change: dict, named: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        straight.train(**change)
+    assert named in str(refusal.value) and "--allow-changed-settings" in str(refusal.value)
+    assert straight.train(**change, extended_steps=12, allow_changed_settings=True) == COMPLETE
+    assert f"Warning: changed since the checkpoint: {named}" in straight.text
+
+
+def test_harmless_changes_are_not_refused(straight: Stage) -> None:
+    changes = {"checkpoint_interval": 3, "eval_interval": 2, "micro_batch_size": 1, "remat": "layers", "patience": 9}
+    assert straight.train(extended_steps=4, **changes) == COMPLETE
+
+
+def test_other_data_is_refused_and_other_versions_are_named(straight: Stage) -> None:
+    straight.prepare(small_options(extended_steps=4))
+    straight.data.identity["files"] = {"a": "2"}
+    with pytest.raises(UserError, match="files: a was 1, is 2"):
+        straight.train()
+    straight.prepare(small_options(extended_steps=4))
+    straight.data.identity["versions"] = {"numpy": "2"}
+    assert straight.train() == COMPLETE
+    assert "Warning: changed since the checkpoint: numpy was 1, is 2" in straight.text
+
+
+def test_going_back_to_an_older_checkpoint_is_refused(straight: Stage) -> None:
+    older = straight.run_dir / "checkpoints" / "step_5.npz"
+    with pytest.raises(UserError, match="holds later steps, up to 15"):
+        straight.train(resume_from=older)
+
+
+def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:
+    older = straight.run_dir / "checkpoints" / "step_5.npz"
+    assert stage.train(resume_from=older) == COMPLETE
+    assert stage.losses() == straight.losses()[5:]
+    # Started again, it goes on from its own checkpoints.
+    assert stage.train(resume_from=older, extended_steps=4) == COMPLETE
+    assert stage.data.given == [15]
+
+
+def test_keep_checkpoints_keeps_the_latest_and_the_best(stage: Stage) -> None:
+    stage.prepare(small_options(keep_checkpoints=2))
+    stage.backend.validation_losses = lambda step: 1.0 if step == 4 else 2.0
+    assert stage.train() == COMPLETE
+    assert stage.files("checkpoints") == ["step_12.npz", "step_final_15.npz"]
+    assert stage.files("best") == ["step_4.npz"]
+
+
+def test_validation_weighs_tokens_and_counts_bytes(straight: Stage) -> None:
+    targets = straight.data.validation.targets
+    scored = targets != IGNORE
+    last = straight.records("validation")[-1]
+    weights = np.abs(np.load(straight.run_dir / "deepseek_final.npy")).mean()
+    loss_sum = float((weights * scored * (1 + targets % 7)).sum())
+    assert last["tokens"] == scored.sum() == 5 * 8 - 5
+    assert last["loss"] == pytest.approx(loss_sum / scored.sum(), rel=1e-12)
+    assert last["perplexity"] == pytest.approx(math.exp(last["loss"]), rel=1e-12)
+    assert last["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / 100, rel=1e-12)
+
+
+@pytest.mark.parametrize(("interval", "at"), [(0, []), (6, [6, 12, 15]), (15, [15]), (16, [])])
+def test_validation_cadence(stage: Stage, interval: int, at: list[int]) -> None:
+    assert stage.train(eval_interval=interval) == COMPLETE
+    assert [record["step"] for record in stage.records("validation")] == at
+
+
+def test_early_stopping_ends_the_run_and_survives_a_resume(stage: Stage) -> None:
+    losses = {2: 3.0, 4: 2.0, 6: 1.95, 8: math.nan, 10: 2.5}
+    settings = {"eval_interval": 2, "patience": 3, "min_delta": 0.1}
+    stage.prepare(small_options(**settings))
+    stage.backend.validation_losses = losses.get
+    stage.backend.before_step = kill_at(signal.SIGINT, 7)
+    assert stage.train() == 130
+    stage.prepare(small_options(**settings))
+    stage.backend.validation_losses = losses.get
+    assert stage.train() == COMPLETE
+    # 1.95 beats 2.0 by less than min_delta, NaN is never best: the third validation after step 4 ends the run.
+    assert stage.losses()[-1][0] == 10
+    assert stage.files("best") == ["step_4.npz"] and "step_final_10.npz" in stage.files("checkpoints")
+    assert "stopped early at step 10, after 3 validations without a better one" in stage.text
+    assert "best validation loss 2.0000 at step 4" in stage.text
+
+    stage.prepare(small_options(**settings))
+    assert stage.train() == COMPLETE
+    assert stage.data.given == []
+    # With more patience it goes on.
+    stage.prepare(small_options(**settings | {"patience": 99}))
+    assert stage.train() == COMPLETE
+    assert stage.losses()[-1][0] == 15
+
+
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_never_best(first: float) -> None:
+    progress = Progress()
+    assert not progress.validated(1, first, 0.0) and progress.stale_validations == 1
+    assert progress.validated(2, 5.0, 0.0) and progress.best_step == 2
+    assert not progress.validated(3, first, 0.0) and progress.best_loss == 5.0
+
+
+def test_a_broken_step_changes_nothing_but_its_place(stage: Stage, straight: Stage) -> None:
+    stage.backend.broken_steps = {3, 4}
+    assert stage.train() == COMPLETE
+    steps = stage.records("step")
+    assert [step["loss"] is None for step in steps[:6]] == [False, False, True, True, False, False]
+    assert [step["applied"] for step in steps[:6]] == [True, True, False, False, True, True]
+    assert steps[-1]["skipped_steps"] == 2
+    for ours, theirs in zip(steps, straight.records("step"), strict=True):
+        assert (ours["learning_rate"], ours["data_position"]) == (theirs["learning_rate"], theirs["data_position"])
+    assert "Warning: step 4 updated nothing" in stage.text and "(2 in a row, at 10 the run stops)" in stage.text
+
+
+def test_too_many_broken_steps_stop_with_the_last_good_state(stage: Stage) -> None:
+    stage.prepare(small_options(max_skipped_steps=3, checkpoint_interval=100))
+    stage.backend.broken_steps = {4, 6, 7, 8, 9}
+    assert stage.train() == FAILED
+    assert stage.losses()[-1][0] == 8 and stage.files("checkpoints") == ["step_8.npz"]
+    assert "weights of the last good step, 5" in stage.text
+    at_five = Stage(stage.run_dir.parent / "five", small_options(checkpoint_interval=100))
+    at_five.backend.broken_steps = {4}
+    at_five.backend.before_step = kill_at(signal.SIGINT, 5)
+    assert at_five.train() == 130
+    saved = [np.load(s.run_dir / "checkpoints" / f"step_{n}.npz") for s, n in ((stage, 8), (at_five, 5))]
+    assert np.array_equal(saved[0]["weights"], saved[1]["weights"])
+
+    stage.prepare(small_options(max_skipped_steps=3, checkpoint_interval=100))
+    stage.backend.broken_steps = {9, 10}  # two more are fewer than three
+    assert stage.train() == COMPLETE
+    assert stage.data.given[0] == 8
+
+
+def test_unreadable_data_saves_and_ends(stage: Stage, straight: Stage) -> None:
+    stage.data.fails_at = 7
+    assert stage.train() == FAILED
+    assert "step_7.npz" in stage.files("checkpoints")
+    assert "Stopped at step 7: dice: batch 7 fell under the table" in stage.text
+    assert stage.data.closed == 1
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
+
+
+def test_unreadable_data_at_the_start_leaves_no_checkpoint(stage: Stage) -> None:
+    stage.data.fails_at = 0
+    assert stage.train() == FAILED
+    assert not (stage.run_dir / "checkpoints").exists()
+
+
+def test_samples_leave_training_alone(stage: Stage, straight: Stage) -> None:
+    assert len(set(straight.backend.sample_seeds)) == 3
+    stage.prepare(small_options(sample_interval=0))
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses() and stage.backend.sample_seeds == []
+
+
+def test_a_sample_never_exceeds_the_positions(stage: Stage) -> None:
+    assert stage.train(sample_tokens=1000) == COMPLETE
+    assert len(stage.records("sample")[0]["text"]) == 64 - len("Once upon a time")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(stage: Stage) -> None:
+    def full(folder: Path, name: str, meta: dict) -> Path:
+        raise OSError(28, "No space left on device")
+
+    stage.backend.save = full
+    with pytest.raises(UserError, match=r"step_4 cannot be written: .*No space left on device"):
+        stage.train()
+
+
+def test_checkpoints_hold_the_whole_configuration(straight: Stage) -> None:
+    meta = FakeBackend(small_options()).restore(straight.run_dir / "checkpoints" / "step_10.npz")
+    assert meta["step"] == 10 and meta["options"] == json.loads(json.dumps(small_options().to_dict()))
+    assert meta["loss"] == straight.losses()[9][1]
+    assert meta["progress"]["cursor"] == {"batch": 10} and meta["data"] == straight.data.identity
+
+
+def test_parts_have_one_size_and_score_each_target_once() -> None:
+    inputs = np.arange(10, dtype=np.int32).reshape(5, 2)
+    parts = list(fixed_size_parts(inputs, inputs + 1, 2))
+    assert [part.shape for part, _ in parts] == [(2, 2)] * 3
+    assert np.array_equal(np.concatenate([part for part, _ in parts])[:5], inputs)
+    assert np.array_equal(np.concatenate([targets for _, targets in parts])[5], [IGNORE, IGNORE])
+
+
+def test_disk_estimate(tmp_path: Path) -> None:
+    full = Options(eval_interval=0)
+    # 10 checkpoints of the main phase and the final one, three float32 values a parameter, and the weights.
+    expected = 774_015_408 * 4 * (3 * 11 + 1) / 1e9
+    assert f"11 checkpoints of 9.29 GB and the final weights take up to {expected:.3g} GB" in disk_estimate(
+        full, tmp_path
+    )
+    kept = disk_estimate(small_options(keep_checkpoints=1), tmp_path)
+    assert kept.startswith("Disk: 2 checkpoints") and "the best one" in kept and "Warning" not in kept
+
+
+def test_disk_estimate_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9})())
+    assert "--keep-checkpoints N keeps only the latest N" in disk_estimate(Options(), tmp_path)

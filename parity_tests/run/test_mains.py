@@ -1,0 +1,265 @@
+"""Both entry points on a small corpus: the same numbers, resuming bit for bit, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from parity_tests.support.fakes import MODEL, small_options
+from torch_ref.spec.interface import StepResult
+from torch_ref.spec.memory import step_bytes
+from torch_ref.spec.storage import TensorReader
+from train.run.launch import launch, settle
+from train.run.options import Options
+from train.run.runlog import read_metrics
+
+MAINS = {"flax": "train.flax_main", "torch": "torch_ref.train"}
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A settings file of a run that takes seconds, on text that lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    words = "the model reads a row of tokens and says which one comes next while experts share the work".split()
+    random = np.random.default_rng(0)
+    documents = [" ".join(random.choice(words, 60)) + "." for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    options = small_options(
+        dataset="text.jsonl",
+        tokenizer="bpe",
+        validation_fraction=0.1,
+        learning_rate=0.01,
+        seq_len=16,
+        steps=6,
+        extended_steps=2,
+        checkpoint_interval=3,
+        device="cpu",
+    )
+    file = tmp_path / "small.toml"
+    file.write_text(options.to_toml())
+    return file
+
+
+@pytest.fixture(params=list(MAINS))
+def framework(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip({"flax": "jax"}.get(request.param, request.param))
+    return request.param
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """JAX's switch for float64 holds for the whole process: put it back."""
+    jax = pytest.importorskip("jax")
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def train(framework: str, *argv: str) -> int:
+    return importlib.import_module(MAINS[framework]).main(list(argv))
+
+
+def steps(run_dir: str) -> list[dict]:
+    return [record for record in read_metrics(Path(run_dir)) if record["kind"] == "step"]
+
+
+def numbers(run_dir: str) -> list[tuple]:
+    """What must be equal bit for bit when a run is repeated."""
+    names = ("step", "loss", "balance_loss", "grad_norm", "learning_rate", "expert_counts", "data_position")
+    return [tuple(json.dumps(record[name]) for name in names) for record in steps(run_dir)]
+
+
+def test_a_run_of_each_framework(settings: Path, framework: str, capsys: pytest.CaptureFixture) -> None:
+    assert train(framework, "--config", str(settings)) == 0
+    run_dir = Path("runs") / f"tiny-{framework}"  # the default folder
+    suffix, weights = {"flax": ("", "safetensors"), "torch": (".pt", "pt")}[framework]
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names >= {f"step_3{suffix}", f"step_6{suffix}", f"step_final_8{suffix}"}
+    for name in ("settings.toml", "tokenizer.json", "training.logs", "metrics.jsonl", "plot.png"):
+        assert (run_dir / name).is_file(), name
+    assert (run_dir / f"deepseek_final.{weights}").is_file()
+    assert len(re.findall(r"^Step \d+ \| Loss: ", (run_dir / "training.logs").read_text(), re.M)) == 8
+    assert steps(str(run_dir))[-1]["loss"] < steps(str(run_dir))[0]["loss"] - 0.2
+
+    capsys.readouterr()
+    assert train(framework, "--config", str(settings)) == 0
+    assert "The run is complete: 8 steps" in capsys.readouterr().out
+
+
+def test_both_mains_give_the_same_numbers(settings: Path, x64: None) -> None:
+    torch = pytest.importorskip("torch")
+    for framework in MAINS:
+        assert train(framework, "--config", str(settings), "--dtype", "float64", "--run-dir", framework) == 0
+    for ours, theirs in zip(steps("flax"), steps("torch"), strict=True):
+        for name in ("loss", "balance_loss", "grad_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9), (ours["step"], name)
+        for name in ("expert_counts", "data_position", "tokens", "phase"):
+            assert ours[name] == theirs[name], (ours["step"], name)
+    validations = [[r for r in read_metrics(Path(name)) if r["kind"] == "validation"] for name in MAINS]
+    for ours, theirs in zip(*validations, strict=True):
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-9)
+    samples = [[r["text"] for r in read_metrics(Path(name)) if r["kind"] == "sample"] for name in MAINS]
+    assert len(samples[0]) == len(samples[1]) == 1
+
+    flax_weights = TensorReader(Path("flax/deepseek_final.safetensors"))
+    torch_weights = torch.load("torch/deepseek_final.pt", weights_only=True)
+    assert set(flax_weights) == set(torch_weights)
+    for name, tensor in torch_weights.items():
+        np.testing.assert_allclose(flax_weights[name], tensor.numpy(), rtol=0, atol=1e-8, err_msg=name)
+
+
+def test_both_mains_start_from_the_weights_of_a_run(settings: Path, x64: None) -> None:
+    pytest.importorskip("torch")
+    shared = ("--config", str(settings), "--dtype", "float64")
+    assert train("torch", *shared, "--run-dir", "first") == 0
+    for framework in MAINS:
+        assert train(framework, *shared, "--init-from", "first", "--seed", "7", "--run-dir", framework) == 0
+    assert steps("torch")[0]["loss"] < steps("first")[0]["loss"] - 0.2, "not random weights"
+    assert steps("torch")[0]["step"] == 1 and steps("torch")[0]["learning_rate"] == steps("first")[0]["learning_rate"]
+    for ours, theirs in zip(steps("flax"), steps("torch"), strict=True):
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9), (ours["step"], name)
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_same(
+    settings: Path, framework: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(framework, "--config", str(settings), "--run-dir", "straight") == 0
+    backend = importlib.import_module({"flax": "flax_model", "torch": "torch_ref"}[framework] + ".backend")
+    owner = getattr(backend, f"{framework.capitalize()}Backend")
+    step = owner.step
+
+    def interrupted(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+        result = step(self, inputs, targets)
+        if self.steps_done in (2, 5):
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, "step", interrupted)
+    command = ("--config", str(settings), "--run-dir", "stopped")
+    assert [train(framework, *command) for _ in range(3)] == [130, 130, 0]
+    assert numbers("stopped") == numbers("straight")
+    losses = [[r["loss"] for r in read_metrics(Path(d)) if r["kind"] == "validation"] for d in ("stopped", "straight")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("framework", "number", "code"), [("flax", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)]
+)
+def test_a_process_ends_soon_after_a_signal(settings: Path, framework: str, number: int, code: int) -> None:
+    pytest.importorskip({"flax": "jax"}.get(framework, framework))
+    command = [sys.executable, "-m", MAINS[framework], "--config", str(settings), "--steps", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("Step 2 "):
+                break
+        process.send_signal(number)
+        asked = time.monotonic()
+        said, complaints = process.communicate(timeout=60)
+        assert process.returncode == code, complaints
+        assert time.monotonic() - asked < 30
+    assert "Traceback" not in complaints
+    last = steps(f"runs/tiny-{framework}")[-1]["step"]
+    assert f"Stopped by {signal.Signals(number).name} after step {last}" in said
+    assert list(Path(f"runs/tiny-{framework}/checkpoints").glob(f"step_{last}*"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--preset", "huge"], "error: --preset huge: there are small, smol-774m,"),
+        (["--stepz", "3"], "error: unknown option --stepz, did you mean --steps?"),
+        (["--num-heads", "5"], "error: "),
+        (["--preset", "tiny", "--dataset", "absent.txt"], "error: "),
+        (["--preset", "tiny", "--attention", "magic"], "error: --attention magic"),
+        (["--preset", "tiny", "--run-dir", "taken"], "error: --run-dir taken: another process is training there"),
+        (["--preset", "tiny", "--run-dir", "file.txt"], "error: --run-dir file.txt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    framework: str,
+    argv: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    Path("file.txt").write_text("in the way")
+    with FileLock("taken/.lock"):
+        assert train(framework, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
+
+
+def test_an_interrupt_before_the_first_step_exits_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def build(options: Options) -> tuple:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    assert launch(["--preset", "tiny"], "prog", "none", build, lambda run_dir, backend: run_dir) == 130
+    assert capsys.readouterr().err == "Interrupted; what was not saved is lost.\n"
+    with FileLock("runs/tiny-none/.lock", timeout=0):  # let go of
+        pass
+
+
+@pytest.mark.parametrize(("name", "module"), [("flax", "jax"), ("torch", "torch")])
+def test_a_missing_framework_is_named(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert train(name, "--preset", "tiny") == 2
+    assert f"is not installed: pip install -e '.[{name.replace('flax', 'jax')}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework", list(MAINS))
+def test_a_main_needs_only_its_own_framework(settings: Path, framework: str) -> None:
+    pytest.importorskip({"flax": "jax"}.get(framework, framework))
+    others = {"flax": ["torch"], "torch": ["jax", "flax", "orbax", "optax"]}[framework]
+    code = f"""
+import sys
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {others}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent)
+from {MAINS[framework]} import main
+sys.exit(main(["--config", {str(settings)!r}, "--steps", "1", "--extended-steps", "0"]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The run is complete: 1 steps" in done.stdout
+
+
+def test_settle_fills_in_what_the_device_decides() -> None:
+    auto = small_options(dtype="auto", remat="auto")
+    assert (settle(auto, "bfloat16", None).dtype, settle(auto, "float32", None).remat) == ("bfloat16", "off")
+    needed = {
+        remat: step_bytes(MODEL, "float32", auto.rows_per_pass, auto.seq_len, auto.micro_batches, remat)
+        for remat in ("off", "experts", "layers")
+    }
+    assert needed["off"] > needed["experts"] > needed["layers"]
+    for remat, memory in needed.items():
+        assert settle(auto, "float32", memory).remat == remat
+    fixed = small_options(dtype="float64", remat="layers")
+    assert settle(fixed, "float32", 10**15) == fixed

@@ -1,0 +1,195 @@
+"""Settings: presets, precedence, refusals, and the settings file of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_ref.spec.config import PRESETS, ModelConfig
+from torch_ref.spec.interface import UserError
+from train.command_line import parse, settings_table
+from train.run.options import Options, flag, trajectory_differences
+
+PROMISED = (
+    "--preset --config --run-dir --seed --device --dtype --dataset --dataset-config --tokenizer --steps "
+    "--extended-steps --batch-size --micro-batch-size --seq-len --learning-rate --warmup-steps --weight-decay "
+    "--grad-clip --checkpoint-interval --sample-interval --eval-interval --keep-checkpoints"
+).split()
+
+
+def read(*argv: str) -> Options:
+    return parse(argv, "prog")
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        read(*argv)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_default_is_the_full_run() -> None:
+    options = read()
+    assert options == Options() == read("--preset", "smol-774m")
+    assert options.model == PRESETS["smol-774m"]
+    assert (options.steps, options.extended_steps, options.batch_size, options.seq_len) == (10_000, 100, 8, 2048)
+    assert (options.learning_rate, options.warmup_steps, options.weight_decay, options.grad_clip) == (
+        0.003,
+        500,
+        0.01,
+        1.0,
+    )
+    assert (options.beta1, options.beta2) == (0.9, 0.95)
+    assert (options.checkpoint_interval, options.eval_interval, options.sample_interval) == (1000, 500, 500)
+    assert (options.micro_batch_size, options.keep_checkpoints, options.patience) == (1, 0, 0)
+    assert (options.data.dataset, options.data.dataset_config) == ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2")
+    assert options.data.tokenizer == "HuggingFaceTB/cosmo2-tokenizer"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_name_their_model(preset: str) -> None:
+    options = read("--preset", preset)
+    assert options.preset == preset and options.model == PRESETS[preset]
+
+
+def test_another_hub_dataset_has_no_configuration_of_its_own() -> None:
+    assert read("--dataset", "some/corpus").data.dataset_config is None
+    assert read("--dataset", "some/corpus", "--dataset-config", "en").data.dataset_config == "en"
+
+
+def test_precedence(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "tiny"\nsteps = 70\nlearning_rate = 1\n[model]\nnum_layers = 3\n')
+    tiny = read("--preset", "tiny")
+    options = read("--config", str(file), "--steps", "90", "--num-heads", "2")
+    assert options.preset == "tiny" and options.dataset == "python-docs"
+    assert (tiny.steps, options.steps) != (70, 70) and options.steps == 90  # flag over file
+    assert options.learning_rate == 1.0 and isinstance(options.learning_rate, float)  # file over preset
+    assert options.warmup_steps == tiny.warmup_steps  # preset over default
+    assert options.model == dataclasses.replace(tiny.model, num_layers=3, num_heads=2)
+    assert read("--config", str(file), "--preset", "small").preset == "small"
+
+
+def test_model_presets_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[model]\npreset = "small"\nfirst_k_dense = 1\n')
+    assert read("--config", str(file)).model == dataclasses.replace(PRESETS["small"], first_k_dense=1)
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("stepz = 3", "unknown setting 'stepz', did you mean steps?"),
+        ('steps = "3"', 'steps = "3": must be int'),
+        ("steps = true", "steps = true: must be int"),
+        ('dtype = "float16"', 'dtype = "float16": must be'),
+        ("[model]\nlayers = 3", "[model]: unknown setting 'layers'"),
+        ("[model]\nnum_heads = 7", "num_kv_heads"),
+        ('[model]\npreset = "huge"', "there are tiny, small,"),
+        ("model = 3", "must be a table"),
+        ("steps = ", "not TOML"),
+    ],
+)
+def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(toml)
+    message = refusal("--config", str(file))
+    assert named in message and str(file) in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--stepz", "3"], "unknown option --stepz, did you mean --steps?"),
+        (["--step", "3"], "unknown option --step"),
+        (["--steps", "many"], "--steps: invalid literal for int()"),
+        (["--steps"], "'--steps'"),
+        (["--device", "tpu"], "invalid choice 'tpu' for argument '--device'"),
+        (["--preset", "large"], "--preset large: there are small, smol-774m,"),
+        (["--config", "absent.toml"], "--config absent.toml: No such file"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--extended-steps", "-1"], "--extended-steps -1: must not be negative"),
+        (["--learning-rate", "nan"], "--learning-rate nan: must be a number above 0"),
+        (["--learning-rate", "inf"], "--learning-rate inf"),
+        (["--grad-clip", "0"], "--grad-clip 0.0"),
+        (["--beta2", "1"], "--beta2 1.0: must be at least 0 and below 1"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (
+            ["--batch-size", "6", "--micro-batch-size", "4"],
+            "--batch-size 6: must be a multiple of --micro-batch-size 4",
+        ),
+        (["--seq-len", "4096"], "--seq-len 4096: must be at most --max-position 2048"),
+        (["--patience", "3", "--eval-interval", "0"], "--patience 3: needs validation"),
+        (["--first-k-dense", "31"], "first_k_dense = 31: must be at most 30"),
+        (["--num-kv-heads", "2"], "num_kv_heads = 2: must divide num_heads = 9"),
+        (["extra"], "unknown option extra"),
+    ],
+)
+def test_impossible_flags_are_refused_by_name(argv: list[str], named: str) -> None:
+    assert named in refusal(*argv)
+
+
+def test_a_batch_may_be_smaller_than_a_micro_batch() -> None:
+    options = read("--micro-batch-size", "8", "--batch-size", "2")
+    assert (options.rows_per_pass, options.micro_batches, options.optimizer.micro_batch_size) == (2, 1, 2)
+    assert read("--batch-size", "12", "--micro-batch-size", "4").micro_batches == 3
+
+
+@pytest.mark.parametrize("argv", [[], ["--preset", "tiny"], ["--eps", "1e-09", "--prompt", 'He said "hm\\n"']])
+def test_the_settings_file_reads_back(tmp_path: Path, argv: list[str]) -> None:
+    options = read(*argv, "--run-dir", "somewhere", "--find-lr")
+    file = tmp_path / "settings.toml"
+    file.write_text(options.to_toml())
+    # What belongs to one start of a run is not in it.
+    assert read("--config", str(file)) == dataclasses.replace(options, run_dir=None, find_lr=False, config=file)
+
+
+def test_flags_are_flat_the_same_everywhere_and_kept(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in [field.name for cls in (Options, ModelConfig) for field in dataclasses.fields(cls)]:
+        if name != "model":
+            assert flag(name) in shown
+    for promised in PROMISED:
+        assert f"{promised} " in shown
+
+
+def test_every_setting_is_explained() -> None:
+    rows = [line.split("|") for line in settings_table().splitlines() if line.startswith("| `--")]
+    fields = {flag(field.name) for cls in (Options, ModelConfig) for field in dataclasses.fields(cls)} - {"--model"}
+    assert {cells[1].strip(" `*") for cells in rows} == fields
+    for cells in rows:
+        assert cells[3].strip().endswith("."), cells
+    table = settings_table()
+    assert "| `--learning-rate` * | `0.003` |" in table and "| `--device` | `auto` |" in table
+
+
+def test_the_readme_has_the_current_table() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_trajectory_differences() -> None:
+    now = Options()
+    assert trajectory_differences(now.to_dict(), now.to_dict()) == []
+    harmless = dataclasses.replace(now, device="cpu", eval_interval=7, prompt="Hm", patience=3)
+    assert trajectory_differences(now.to_dict(), harmless.to_dict()) == []
+    other = dataclasses.replace(now, seed=1, model=PRESETS["tiny"], seq_len=256)
+    found = trajectory_differences(now.to_dict(), other.to_dict())
+    assert "--seed was 0, now 1" in found and "--seq-len was 2048, now 256" in found
+    assert "--num-layers was 30, now 4" in found and "--rope-theta" not in " ".join(found)
+
+
+def test_settings_need_neither_framework() -> None:
+    code = (
+        "import sys, train.run.launch, train.plot, train.runs, train.flax_main, torch_ref.train\n"
+        "from train.command_line import parse; parse(['--preset', 'tiny'], 'prog')\n"
+        "assert not {'torch', 'jax', 'flax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

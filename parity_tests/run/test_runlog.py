@@ -1,0 +1,177 @@
+"""Logs: the exact wording of a step, what goes where, and cutting back on resume; and the list of runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from parity_tests.support.fakes import small_options
+from torch_ref.spec.interface import UserError
+from train.run.runlog import RunLog, cut_logs, read_metrics, step_line
+from train.run.signals import StopSignals
+from train.runs import find_runs, main, summarize
+
+
+def values(step: int, **others: object) -> dict:
+    return {"step": step, "loss": 2.0, "expert_load": [1.5, 1.0], "expert_counts": [[1, 2]]} | others
+
+
+def test_the_step_line() -> None:
+    assert step_line(1000, 3.45671, 0.002345, 0.524557, 31234.5601, 8) == (
+        "Step 1000 | Loss: 3.4567 | LR: 0.002345 | Total Step Time: 524.56ms | Tokens/sec: 31234.56 "
+        "(accumulated over 8 batches)"
+    )
+
+
+def test_console_and_file_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    wide = "Step 1 | " + "x" * 300 + " [bold]not markup[/bold] :smile:"
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.step(values(1), wide)
+        log.announce("A title", "a line")
+        log.warn("careful")
+        logging.getLogger("train.data.corpus").warning("bad row in %s", "file")
+    rule = "=" * 50
+    expected = f"{wide}\n{rule}\nA title\n{rule}\na line\n{rule}\nWarning: careful\nWarning: bad row in file\n"
+    assert (tmp_path / "training.logs").read_text() == expected == capsys.readouterr().out
+    logging.getLogger("train.data.corpus").warning("nobody listens any more")
+    assert (tmp_path / "training.logs").read_text() == expected
+
+
+def test_metrics_are_json_at_full_precision(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.step(values(1, loss=1 / 3, grad_norm=math.inf, nested={"a": [math.nan, 1]}), "line")
+        log.validation({"step": 1, "loss": math.nan}, "line")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert first["loss"] == 1 / 3 and first["grad_norm"] is None and first["nested"] == {"a": [None, 1]}
+    assert (first["kind"], second["kind"], second["loss"]) == ("step", "validation", None)
+
+
+def test_logs_are_cut_back(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.say("Model: ...")
+        for step in range(1, 13):
+            log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1))
+            if step == 2:
+                log.announce("Saving checkpoint at step 2")
+        log.end(12, "interrupted")
+    with open(tmp_path / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"kind": "step", "st')  # a crash in the middle of a line
+    cut_logs(tmp_path, 2)
+    text = (tmp_path / "training.logs").read_text()
+    assert text.startswith("Model: ...") and "Saving checkpoint at step 2" in text
+    assert "Step 2 |" in text and "Step 3 |" not in text and "Step 12 |" not in text
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.say("anew")
+    assert (tmp_path / "training.logs").read_text() == "anew\n"
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    options = small_options(tensorboard=True)
+    with RunLog(tmp_path, 0, options) as log:
+        log.step(values(1, learning_rate=0.5, phase="main", applied=True), "line")
+        log.sample(1, "Once", " upon")
+    written = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
+    for tag in (b"step/loss", b"step/learning_rate", b"expert_load/layer_00", b"Once upon"):
+        assert tag in written
+    assert b"step/phase" not in written and b"step/applied" not in written
+    with RunLog(tmp_path, 1, options):
+        assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    with RunLog(tmp_path, 0, options):
+        assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_wandb_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb: the package wandb is not installed; pip install wandb"):
+        RunLog(tmp_path, 0, small_options(wandb=True))
+
+    told: list = []
+    run = types.SimpleNamespace(
+        define_metric=lambda *a, **k: None, log=told.append, finish=lambda: told.append("finished")
+    )
+    fake = types.SimpleNamespace(init=lambda **arguments: told.append(arguments) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with RunLog(tmp_path, 0, small_options(wandb=True, wandb_project="mine")) as log:
+        log.step(values(3), "line")
+    assert told[0]["project"] == "mine" and told[0]["id"] == tmp_path.name and told[0]["resume"] == "allow"
+    assert told[0]["config"]["batch_size"] == 4
+    assert told[1]["trainer/step"] == 3 and told[1]["step/loss"] == 2.0 and told[2] == "finished"
+
+
+def test_a_terminal_gets_a_bar_with_both_phases(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=110)
+    with RunLog(tmp_path, 10, small_options(), console) as log:
+        log.show_progress(10)
+        for step in (11, 12, 13):
+            log.step(values(step, loss=1.5), step_line(step, 1.5, 0.1, 0.1, 5.0, 1))
+    shown = screen.getvalue()
+    for text in ("Main phase", "12/12", "Extended phase", "1/3", "loss 1.5000", "Step 13 | Loss: 1.5000"):
+        assert text in shown
+    assert "\x1b" not in (tmp_path / "training.logs").read_text()
+
+
+def test_without_a_terminal_there_is_no_bar(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.show_progress(0)
+        log.step(values(1), "Step 1 | ...")
+    assert capsys.readouterr().out == "Step 1 | ...\n"
+
+
+def test_signals_are_left_alone_afterwards() -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """Two runs: one complete, one that ended without a word."""
+    for name, steps, state in (("a-torch", 2, "complete"), ("b-flax", 1, None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = small_options()
+        (folder / "settings.toml").write_text(options.to_toml())
+        with RunLog(folder, 0, options) as log:
+            for step in range(1, steps + 1):
+                log.step(values(step, loss=3.0 / step, tokens_seen=1000 * step), "line")
+            log.validation({"step": steps, "loss": 1.25}, "line")
+            log.validation({"step": steps, "loss": 1.75}, "line")
+            if state:
+                log.end(steps, state)
+    return tmp_path
+
+
+def test_runs_are_summed_up(shelf: Path) -> None:
+    a, b = (summarize(folder) for folder in find_runs(shelf))
+    assert (a.preset, a.step, a.steps, a.loss, a.best_validation, a.tokens_seen) == ("tiny", 2, 15, 1.5, 1.25, 2000)
+    assert (a.state, b.state) == ("complete", "stopped")
+    assert a.size == sum(file.stat().st_size for file in (shelf / "a-torch").iterdir())
+    with FileLock(shelf / "b-flax" / ".lock"):
+        assert summarize(shelf / "b-flax").state == "running"
+    assert summarize(shelf / "b-flax").state == "stopped"
+
+
+def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(shelf)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("a-torch", "b-flax", "2 / 15", "1.5000", "1.2500", "2,000", "complete", "stopped"):
+        assert text in shown
+    assert main([str(shelf / "nothing")]) == 2
+    assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"

@@ -1,0 +1,57 @@
+"""The learning rate: its corner points, and the same values on floats and traced arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from train.run.schedule import Schedule
+
+FULL = Schedule(peak=0.003, warmup_steps=500, steps=10_000)
+
+
+def by_hand(number: int, peak: float, warmup: int, steps: int) -> float:
+    """Rate of update `number` (from 1)."""
+    if number < warmup:
+        return peak * number / warmup
+    if number < steps:
+        return peak * (1 - 0.9 * (number - warmup) / (steps - warmup))
+    return peak * 0.1
+
+
+def test_corner_points() -> None:
+    assert FULL(0) == pytest.approx(0.003 / 500, rel=1e-15)
+    assert FULL(249) == pytest.approx(0.0015, rel=1e-15)
+    assert FULL(499) == 0.003 == max(FULL(step) for step in range(10_100))
+    assert FULL(5249) == pytest.approx(0.003 * 0.55, rel=1e-14)
+    assert FULL(9998) > FULL(9999)
+    assert [FULL(step) for step in range(9999, 10_100)] == pytest.approx([0.0003] * 101, rel=1e-15)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(500, 10_000), (1, 3), (0, 5), (3, 3), (1, 1)])
+def test_every_step(warmup: int, steps: int) -> None:
+    schedule = Schedule(0.01, warmup, steps)
+    for number in range(1, min(steps, 2000) + 4):
+        assert schedule(number - 1) == pytest.approx(by_hand(number, 0.01, max(warmup, 1), steps), rel=1e-13), number
+
+
+def test_a_warm_up_longer_than_the_main_phase_is_cut() -> None:
+    assert [Schedule(1.0, 40, 4)(step) for step in range(6)] == [0.25, 0.5, 0.75, pytest.approx(0.1)] + [
+        pytest.approx(0.1)
+    ] * 2
+
+
+def test_numpy() -> None:
+    steps = np.arange(10_100)
+    assert FULL(steps).dtype == np.float64
+    assert np.array_equal(FULL(steps), [FULL(int(step)) for step in steps])
+
+
+@pytest.mark.parametrize(("x64", "tolerance"), [(False, 1e-6), (True, 1e-15)])
+def test_traced_by_jax(x64: bool, tolerance: float) -> None:
+    jax = pytest.importorskip("jax", reason="needs JAX")
+    with jax.enable_x64(x64):
+        steps = jax.numpy.array([0, 1, 498, 499, 500, 5000, 9998, 9999, 10_050], dtype=jax.numpy.int32)
+        rates = jax.jit(FULL)(steps)
+        assert rates.dtype == (jax.numpy.float64 if x64 else jax.numpy.float32)
+        np.testing.assert_allclose(rates, [FULL(int(step)) for step in steps], rtol=tolerance)

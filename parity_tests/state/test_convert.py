@@ -1,0 +1,373 @@
+"""Conversion between forms: bit for bit, through files, with everything a run needs to go on; and clear refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, make_backend
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.interface import TrainingState, UserError
+from torch_ref.spec.parameters import initial_values, parameter_table
+from torch_ref.spec.training_state import LazyArrays
+from train import command_line
+from train.convert import convert, main
+from train.run.options import Options
+from train.state.neutral import RUN, read_state, write_state
+from train.state.source import config_of, load_checkpoint, locate, open_state, read_start
+
+BOTH = pytest.mark.skipif(
+    any(importlib.util.find_spec(module) is None for module in ("torch", "flax")), reason="needs torch and flax"
+)
+META = {
+    "step": 5,
+    "options": {"learning_rate": 0.001, "model": CONFIG.to_dict()},
+    "progress": {"cursor": {"epoch": 0, "carry": 17}, "best_loss": 3.5, "stale_validations": 2},
+}
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": []}, "added_tokens": [
+    {"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+     "special": True}
+]}  # fmt: skip
+
+
+def random_state(step: int, dtype: str = "float32") -> TrainingState:
+    """A state with something in every tensor, and with steps that were skipped."""
+    generator = np.random.default_rng(step)
+    rows = parameter_table(CONFIG)
+
+    def values(rows) -> dict:
+        return {row.name: generator.standard_normal(row.shape).astype(dtype) for row in rows}
+
+    trainable = [row for row in rows if row.trainable]
+    state = TrainingState(CONFIG, values(rows), values(trainable), values(trainable), step, updates=step - 3)
+    return dataclasses.replace(state, meta=META | {"step": step})
+
+
+def backend_for(framework: str, dtype: str = "float32", config: ModelConfig = CONFIG):
+    return make_backend(framework, config, ComputeConfig(dtype=dtype, moe="dense"))
+
+
+def make_run(folder: Path, framework: str, dtype: str = "float32") -> None:
+    """A run folder with checkpoints of steps 5 and 7, and what a run keeps beside them."""
+    backend = backend_for(framework, dtype)
+    for step, name in ((5, "step_5"), (7, "step_final_7")):
+        state = random_state(step, dtype)
+        backend.load_state(state)
+        backend.save(folder / "checkpoints", name, state.meta)
+        backend.wait()
+    backend.close()
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "settings.toml").write_text(Options(model=CONFIG, seq_len=16, preset="tiny").to_toml())
+    (folder / "data.json").write_text('{"dataset": "python-docs"}')
+    (folder / "plot.png").write_text("not taken along")
+
+
+# The neutral form
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_neutral_form_is_bitwise(tmp_path, dtype):
+    state = random_state(5, dtype)
+    write_state(tmp_path / "state", state)
+    back = read_state(tmp_path / "state")
+    assert (back.model_config, back.step, back.updates, back.meta) == (CONFIG, 5, 2, state.meta)
+    assert_same(arrays(back), arrays(state))
+
+
+def test_neutral_form_is_readable_by_the_safetensors_library(tmp_path):
+    from safetensors.numpy import load_file
+
+    weights = {row.name: value for row, value in initial_values(CONFIG, 0)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["state.json", "weights.safetensors"]
+    stored = load_file(tmp_path / "state/weights.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(np.array_equal(stored[name], value) for name, value in weights.items())
+    assert read_state(tmp_path / "state").first_moment is None
+
+
+def test_writing_and_reading_hold_one_tensor_at_a_time(tmp_path):
+    alive, most = weakref.WeakSet(), 0
+
+    class Tracked(np.ndarray):
+        __hash__ = object.__hash__
+
+    def fetch(name: str) -> np.ndarray:
+        nonlocal most
+        value = np.zeros(shapes[name], np.float32).view(Tracked)
+        alive.add(value)
+        most = max(most, len(alive))
+        return value
+
+    shapes = {row.name: row.shape for row in parameter_table(CONFIG)}
+    trainable = [row.name for row in parameter_table(CONFIG) if row.trainable]
+    moments = LazyArrays(trainable, fetch)
+    write_state(tmp_path / "state", TrainingState(CONFIG, LazyArrays(shapes, fetch), moments, moments))
+    assert most == 1
+    weights = read_state(tmp_path / "state").weights
+    assert weights["norm.weight"] is not weights["norm.weight"]
+
+
+NEUTRAL_FAULTS = {
+    "version": ("state.json", "version 1"),
+    "another format": ("state.json", "not a smol-deepseek-state"),
+    "unknown field": ("state.json", "window_size: unknown"),
+    "counter": ("state.json", "incomplete"),
+    "one moment": ("state.json", "both moments or none"),
+    "lost file": ("second_moment.safetensors", "No such file"),
+    "cut short": ("weights.safetensors", "cut short or damaged at norm.weight"),
+    "shape": ("weights.safetensors", r"embed_tokens.weight is \(96, 32\), state.json asks \(96, 40\)"),
+}
+
+
+@pytest.mark.parametrize("fault", NEUTRAL_FAULTS)
+def test_a_faulty_neutral_folder_is_named(tmp_path, fault):
+    weights = {row.name: value for row, value in initial_values(CONFIG, 0)}
+    moments = {row.name: weights[row.name] for row in parameter_table(CONFIG) if row.trainable}
+    folder = tmp_path / "state"
+    write_state(folder, TrainingState(CONFIG, weights, moments, moments))
+    content = json.loads((folder / "state.json").read_text())
+    content |= {"version": {"version": 2}, "another format": {"format": "x"}, "counter": {"step": "many"}}.get(
+        fault, {}
+    )
+    if fault == "unknown field":
+        content["model"]["window_size"] = 4
+    if fault == "one moment":
+        content["tensors"].remove("first_moment")
+    if fault == "shape":
+        content["model"]["hidden_size"] = 40
+    (folder / "state.json").write_text(json.dumps(content))
+    if fault == "lost file":
+        (folder / "second_moment.safetensors").unlink()
+    if fault == "cut short":
+        data = (folder / "weights.safetensors").read_bytes()
+        (folder / "weights.safetensors").write_bytes(data[:-3])
+    file, message = NEUTRAL_FAULTS[fault]
+    with pytest.raises(UserError, match=message) as refusal:
+        read_state(folder)
+    assert file in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# Conversion of runs
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("first", ["torch", "flax"])
+def test_a_run_goes_round_through_every_form_bitwise(tmp_path, first, dtype):
+    """run -> the other framework's run -> neutral -> run of the first kind: arrays, counters, what the loop stored and
+    the run's own files are all the same; and the weights equal those that went out by way of `transformers`."""
+    second = {"torch": "flax", "flax": "torch"}[first]
+    make_run(tmp_path / "a", first, dtype)
+    expected = random_state(7, dtype)
+    path = tmp_path / "a"
+    for name, form in (("b", second), ("c", "neutral"), ("d", first)):
+        assert main([str(path), str(tmp_path / name), "--to", form]) == 0
+        path = tmp_path / name
+        found = locate(path)
+        state = open_state(found)
+        assert_same(arrays(state), arrays(expected))
+        assert (state.model_config, state.meta) == (CONFIG, expected.meta)
+        own = sorted(item.name for item in found.run.iterdir() if item.is_file())
+        assert own == ["data.json", "settings.toml", "tokenizer.json"]
+    backend = backend_for(first, dtype)
+    assert backend.restore(locate(tmp_path / "d").path) == expected.meta
+    assert_same(arrays(backend.state()), arrays(expected))
+    convert(tmp_path / "d", tmp_path / "exported", "transformers")
+    weights = open_state(locate(tmp_path / "exported")).weights
+    for row in parameter_table(CONFIG):
+        np.testing.assert_array_equal(weights[row.name], expected.weights[row.name], strict=True)
+
+
+@BOTH
+def test_exports_from_both_frameworks_are_byte_identical(tmp_path):
+    make_run(tmp_path / "torch", "torch")
+    convert(tmp_path / "torch", tmp_path / "flax", "flax")
+    for name in ("torch", "flax"):
+        convert(tmp_path / name, tmp_path / f"{name}-out", "transformers", dtype="bfloat16")
+    names = sorted(path.name for path in (tmp_path / "torch-out").iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} < set(names)
+    for name in names:
+        one, other = (tmp_path / f"{framework}-out" / name for framework in ("torch", "flax"))
+        assert one.read_bytes() == other.read_bytes(), name
+    config = json.loads((tmp_path / "torch-out/config.json").read_text())
+    assert config["eos_token_id"] == config["bos_token_id"] == 0
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_which_checkpoint_is_taken(tmp_path, framework):
+    run = tmp_path / "run"
+    make_run(run, framework)
+    assert locate(run).path.stem == "step_final_7"
+    assert locate(run / "checkpoints", step=5).path.stem == "step_5"
+    assert convert(run, tmp_path / "state", "neutral", step=5).path.parent == run / "checkpoints"
+    assert_same(arrays(read_state(tmp_path / "state")), arrays(random_state(5)))
+    suffix = ".pt" if framework == "torch" else ""
+    assert locate(run / f"checkpoints/step_5{suffix}").run == run.absolute()
+    with pytest.raises(UserError, match="--step 6: there is no such checkpoint"):
+        locate(run, step=6)
+    with pytest.raises(UserError, match="--step 5: .* not a run folder"):
+        locate(tmp_path / "state", step=5)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_weights_alone_become_a_weights_file(tmp_path, framework):
+    pytest.importorskip("torch" if framework == "torch" else "jax")
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
+    convert(tmp_path / "state", tmp_path / "out", framework)
+    state = read_start(tmp_path / "out", CONFIG)
+    assert config_of(tmp_path / "out") == CONFIG and state.first_moment is None
+    assert all(np.array_equal(state.weights[name], value) for name, value in weights.items())
+    (file,) = [path for path in (tmp_path / "out").iterdir() if path.stem == "deepseek_final"]
+    assert file.suffix == {"torch": ".pt", "flax": ".safetensors"}[framework]
+    backend = make_backend(framework)
+    backend.load_state(read_start(file, CONFIG))
+    assert backend.steps_done == 0
+
+
+@BOTH
+def test_float64_can_be_rounded_on_the_way(tmp_path):
+    make_run(tmp_path / "run", "torch", "float64")
+    for form in ("neutral", "flax", "transformers"):
+        assert main([str(tmp_path / "run"), str(tmp_path / form), "--to", form, "--dtype", "float32"]) == 0
+        weights = open_state(locate(tmp_path / form)).weights
+        value = random_state(7, "float64").weights["embed_tokens.weight"].astype(np.float32)
+        np.testing.assert_array_equal(weights["embed_tokens.weight"], value, strict=True)
+
+
+# What the training loop calls
+
+
+@BOTH
+@pytest.mark.parametrize(("first", "second"), [("torch", "flax"), ("flax", "torch"), ("torch", "torch")])
+def test_a_backend_goes_on_from_a_run_of_either_framework(tmp_path, first, second):
+    make_run(tmp_path / "run", first)
+    backend = make_backend(second)
+    assert load_checkpoint(backend, tmp_path / "run") == META | {"step": 7}
+    assert backend.steps_done == 7
+    assert_same(arrays(backend.state()), arrays(random_state(7)))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_start_takes_weights_and_balance_bias_only(tmp_path, framework):
+    make_run(tmp_path / "run", framework)
+    config = dataclasses.replace(CONFIG, balance_bias_rate=0.5, balance_loss_coef=0.0)
+    backend = backend_for(framework, config=config)
+    backend.load_state(read_start(tmp_path / "run", config))
+    started = arrays(backend.state())
+    assert started["step"] == started["updates"] == 0
+    for name, value in arrays(random_state(7)).items():
+        if name.startswith("weights "):
+            np.testing.assert_array_equal(started[name], value)
+        elif name.startswith(("first ", "second ")):
+            assert not started[name].any()
+
+
+def test_conflicts_are_named(tmp_path):
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
+    with pytest.raises(UserError, match="num_layers = 2, this run has 3"):
+        read_start(tmp_path / "state", dataclasses.replace(CONFIG, num_layers=3))
+    pytest.importorskip("torch")
+    with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
+        load_checkpoint(make_backend("torch"), tmp_path / "state")
+
+
+def test_init_from_brings_the_model_sizes(tmp_path):
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
+    flags = ["--preset", "tiny", "--seq-len", "16", "--init-from", str(tmp_path / "state")]
+    assert command_line.parse(flags, "train").model == CONFIG
+    options = command_line.parse([*flags, "--balance-bias-rate", "0", "--kv-lora-rank", "9"], "train")
+    assert options.model == dataclasses.replace(CONFIG, balance_bias_rate=0.0, kv_lora_rank=9)
+    with pytest.raises(UserError, match="kv_lora_rank = 8, this run has 9; use --kv-lora-rank 8"):
+        read_start(options.init_from, options.model)
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        command_line.parse(["--init-from", "nowhere"], "train")
+
+
+# The command
+
+
+REFUSALS = {
+    "nowhere": "no such file or folder",
+    "empty": "nothing to read there; give a run folder",
+    "text": "cannot be read; give",
+    "target in use": "exists already; name a new folder",
+    "target below a file": "state.json",
+    "half precision": "--dtype bfloat16",
+    "pickle": "damaged, or not a file of torch tensors",
+}
+
+
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, fault):
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    source, target, extra = tmp_path / "state", tmp_path / "out", []
+    write_state(source, TrainingState(CONFIG, weights))
+    form = "transformers"
+    if fault == "nowhere":
+        source = tmp_path / "nothing"
+    elif fault == "empty":
+        source = tmp_path / "empty"
+        source.mkdir()
+    elif fault == "text":
+        source = source / "state.json"
+    elif fault == "target in use":
+        target.mkdir()
+        (target / "mine").write_text("x")
+    elif fault == "target below a file":
+        target = source / "state.json" / "out"
+    elif fault == "half precision":
+        form, extra = "neutral", ["--dtype", "bfloat16"]
+    elif fault == "pickle":
+        pytest.importorskip("torch")
+        source = tmp_path / "step_3.pt"
+        source.write_text("hello")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(source), str(target), "--to", form, *extra]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and REFUSALS[fault] in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("hidden", "form", "works"),
+    [("torch", "flax", True), ("jax", "torch", True), ("jax torch", "transformers", True), ("torch", "torch", False)],
+)
+def test_a_machine_without_a_framework(tmp_path, hidden, form, works):
+    """The neutral form becomes a run of the one framework that is there, or a `transformers` folder with neither."""
+    make_run(tmp_path / "run", "torch")
+    convert(tmp_path / "run", tmp_path / "state", "neutral")
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in hidden.split())
+    code = f"import sys; {blocked}from train.convert import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "state"), str(tmp_path / "out"), "--to", form]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    if works:
+        assert done.returncode == 0, done.stderr
+        weights = open_state(locate(tmp_path / "out")).weights
+        np.testing.assert_array_equal(weights["norm.weight"], random_state(7).weights["norm.weight"])
+    else:
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith("--to torch: torch is not installed; --to neutral needs neither framework")
+
+
+def test_the_run_folder_in_a_neutral_folder_is_found(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps(TOKENIZER))
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights), tmp_path / "run")
+    assert locate(tmp_path / "state").run == tmp_path / "state" / RUN
+    convert(tmp_path / "state", tmp_path / "out", "transformers")
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|endoftext|>"

@@ -1,0 +1,201 @@
+"""Tensors on disk without a framework: `safetensors` files written and read one tensor at a time, and folders that
+appear only when whole.
+
+The `safetensors` library serialises tensors that are all in memory; a training state is three times the model, so
+here a file's header is laid out from names, shapes and types that are known beforehand, and every tensor goes
+straight to its place. The format: 8 bytes with the header's length (little-endian), the header (JSON: name ->
+dtype, shape, offsets into the data), the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from torch_ref.spec.interface import UserError
+
+_CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before its values are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """`float64`, `float32`, `bfloat16` or `float16`."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
+
+
+def to_bfloat16_bits(value: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint16) of the nearest bfloat16 values, ties to even; NaN stays NaN. NumPy has no bfloat16."""
+    single = np.ascontiguousarray(value, dtype="<f4")
+    bits = single.view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(single), (bits >> 16) | 0x40, rounded).astype("<u2")
+
+
+def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bit patterns: exact."""
+    return (bits.astype("<u4") << 16).view("<f4")
+
+
+class TensorWriter:
+    """Writes one file of known `specs`; the tensors may come in any order, and none is kept.
+
+    Use as a context manager: leaving it without an error checks that every tensor was written.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        # Wide types first, so that each tensor starts at a multiple of its item size.
+        ordered = sorted(specs, key=lambda spec: -_ITEM_SIZE[spec.dtype])
+        header: dict = {"__metadata__": metadata} if metadata else {}
+        self._place: dict[str, tuple[TensorSpec, int]] = {}
+        end = 0
+        for spec in ordered:
+            self._place[spec.name] = (spec, end)
+            offsets = [end, end + spec.nbytes]
+            header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            end += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._missing = set(self._place)
+        self._data_start = 8 + len(encoded)
+        self._file = open(path, "wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(self._data_start + end)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Put one tensor in its place, rounded to its type. Raises `ValueError` if it is unknown, written already,
+        or of another shape."""
+        if name not in self._missing:
+            raise ValueError(f"{name}: {'written twice' if name in self._place else 'not a tensor of this file'}")
+        spec, offset = self._place[name]
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {spec.shape}")
+        if spec.dtype == "bfloat16":
+            data = to_bfloat16_bits(value)
+        else:
+            data = np.ascontiguousarray(value, dtype=np.dtype(spec.dtype).newbyteorder("<"))
+        self._file.seek(self._data_start + offset)
+        self._file.write(data.data)
+        self._missing.remove(name)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if error_type is None and self._missing:
+            raise ValueError(f"{self._file.name}: never written: {', '.join(sorted(self._missing)[:5])}")
+
+
+class TensorReader(Mapping[str, np.ndarray]):
+    """The tensors of one or more files by name, each read when asked for and not kept. 16-bit floats come as float32.
+
+    Raises `UserError` naming a file that is not `safetensors`, is cut short, or holds a type that is not a float.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._place: dict[str, tuple[Path, int]] = {}
+        for path in paths:
+            for spec, offset in _read_header(Path(path)):
+                self.specs[spec.name] = spec
+                self._place[spec.name] = (Path(path), offset)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        spec, (path, offset) = self.specs[name], self._place[name]
+        stored = np.dtype("<u2") if spec.dtype == "bfloat16" else np.dtype(spec.dtype).newbyteorder("<")
+        flat = np.fromfile(path, stored, math.prod(spec.shape), offset=offset)
+        if spec.dtype == "bfloat16":
+            flat = from_bfloat16_bits(flat)
+        elif spec.dtype == "float16":
+            flat = flat.astype(np.float32)
+        return flat.reshape(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def _read_header(path: Path) -> Iterator[tuple[TensorSpec, int]]:
+    """Each tensor of a file with the byte it starts at."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        size = path.stat().st_size
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(_DTYPES)} can be read")
+            spec = TensorSpec(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if end - start != spec.nbytes or 8 + length + end > size:
+                raise UserError(f"{path}: cut short or damaged at {name}; write or fetch it again")
+            yield spec, 8 + length + start
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file") from error
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well and goes when it does not.
+
+    Raises `UserError` if `target` exists and holds something.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists already; name a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises `UserError` naming the file when it is absent or not that."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

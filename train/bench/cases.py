@@ -1,0 +1,85 @@
+"""What `train/bench/__main__.py` can measure: one process's sizes and tasks, and the work that is in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
+from torch_ref.spec.interface import OptimizerConfig
+from torch_ref.spec.parameters import count_active_parameters
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process: what it measures, on which sizes. All of it can be written as JSON."""
+
+    system: str
+    tasks: tuple[str, ...]
+    preset: str
+    dtype: str
+    seq_len: int
+    experts: int
+    micro_batch: int = 1
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    remat: str = "off"
+    repeats: int = 3
+    new_tokens: int = 32
+    """Of a generated text."""
+    device: str = "auto"
+    spawned: float = 0.0
+    """When the process was started, in seconds since the epoch."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return replace(PRESETS[self.preset], n_routed_experts=self.experts)
+
+    @property
+    def compute(self) -> ComputeConfig:
+        return ComputeConfig(dtype=self.dtype, remat=self.remat)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(schedule=lambda step: 1e-4, micro_batch_size=self.micro_batch)
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.micro_batch * self.accumulation * self.seq_len
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one step, random."""
+        generator = np.random.default_rng(0)
+        shape = self.micro_batch * self.accumulation, self.seq_len + 1
+        ids = generator.integers(1, self.config.vocab_size, shape, dtype=np.int32)
+        return ids[:, :-1], ids[:, 1:]
+
+
+def labels(case: Case) -> dict:
+    """What says which measurement a row is of."""
+    names = "system preset dtype seq_len experts micro_batch accumulation remat".split()
+    return {name: getattr(case, name) for name in names}
+
+
+def flops_per_token(case: Case, backward: bool = True) -> float:
+    """Model FLOPs of one token, averaged over a sequence: two for every active weight in a product (the embedding
+    once, as the output layer), and attention's products with the keys a token may see; the backward pass costs twice
+    the forward pass. What rematerialisation computes again does not count."""
+    c = case.config
+    attention = 2 * c.num_layers * c.num_heads * (c.qk_head_dim + c.v_head_dim) * (case.seq_len + 1) / 2
+    return (2 * count_active_parameters(c) + attention) * (3 if backward else 1)
+
+
+def bytes_per_token(case: Case) -> float:
+    """What decoding one token at the end of `seq_len` others has to read, in a batch of one: every active weight, and
+    the cache of latents. Also for `transformers`, whose cache is larger: it is the same model."""
+    c = case.config
+    values = count_active_parameters(c) + case.seq_len * c.num_layers * c.cache_values_per_token
+    return values * {"float32": 4, "bfloat16": 2}[case.dtype]
+
+
+def to_json(case: Case) -> str:
+    return json.dumps(asdict(case))

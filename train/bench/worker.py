@@ -1,0 +1,270 @@
+"""One process of the bench: measures one system, so that neither memory nor threads nor compiled code of one meet
+another's. `python -m train.bench.worker CASE` writes one line of JSON per measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.bench.cases import Case, bytes_per_token, flops_per_token, labels
+from train.bench.systems import SYSTEMS, Flax, Transformers, clocked
+
+GIB = 2**30
+READ_BYTES = 2**29
+"""Far more than caches hold."""
+
+
+def measure(case: Case) -> Iterator[dict]:
+    """Rows of one process's tasks, in an order in which none disturbs the next."""
+    if case.system == "ceiling":
+        yield from ceilings(case)
+        return
+    peak = Peak()
+    system = SYSTEMS[case.system](case)
+    peak.of = system.device_peak
+    ready = time.time() - case.spawned
+
+    def row(task: str, value: float, unit: str, **more: Any) -> dict:
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": peak.read(), **more}
+
+    if "gradient" in case.tasks:
+        if isinstance(system, Transformers):
+            system._choose()
+        peak.reset()
+        _, seconds = clocked(system.gradient(), case.repeats)
+        rate = case.micro_batch * case.seq_len / seconds
+        yield row("gradient", rate, "tokens/s", flops_per_token=flops_per_token(case))
+    if "step" in case.tasks or "startup" in case.tasks:
+        before = time.time()
+        run = system.step()
+        peak.reset()
+        first, seconds = clocked(run, case.repeats)
+        if "step" in case.tasks:
+            rate = case.tokens / seconds
+            yield row("step", rate, "tokens/s", flops_per_token=flops_per_token(case), **chosen(system))
+        if "startup" in case.tasks:
+            yield row("startup", ready + time.time() - before - case.repeats * seconds, "s")
+            yield row("first step", first, "s")
+            if isinstance(system, Flax):
+                yield row("compile", system.compile_seconds, "s")
+    if "checkpoint" in case.tasks:
+        if "step" not in case.tasks:
+            system.step()()  # moments exist
+        with tempfile.TemporaryDirectory() as folder:
+            peak.reset()
+            start = time.perf_counter()
+            path = system.save(Path(folder))
+            yield row("save", time.perf_counter() - start, "s")
+            peak.reset()
+            start = time.perf_counter()
+            system.restore(path)
+            yield row("restore", time.perf_counter() - start, "s")
+    if "input" in case.tasks and case.system != "transformers":
+        yield row("input", input_rate(case), "tokens/s")
+    if "decode" in case.tasks or "prefill" in case.tasks:
+        long, short = case.seq_len - 2 * case.new_tokens, min(64, case.seq_len // 4)
+        for length, batch in ((long, 1), (short, 1), (short, 8)):
+            at = replace(case, seq_len=length, micro_batch=batch)
+            done = generation(at, system, peak)
+            more = {"seq_len": length, "micro_batch": batch, "peak_memory_gb": done.memory}
+            if length == long and "prefill" in case.tasks:
+                flops = flops_per_token(at, backward=False)
+                yield row("prefill", length / done.first, "tokens/s", flops_per_token=flops, **more)
+            if "decode" in case.tasks:
+                if batch == 1:
+                    more |= {"bandwidth": done.bandwidth, "fraction_of_bandwidth": done.fraction}
+                yield row("decode", batch / done.each, "tokens/s", **more)
+
+
+class Generation(NamedTuple):
+    """Medians over texts."""
+
+    first: float
+    """Seconds to the first token."""
+    each: float
+    """Seconds of each further one."""
+    bandwidth: float
+    """GB/s, from reading memory in the same process before and after each text."""
+    fraction: float
+    """Of that bandwidth, as if a token read nothing but `bytes_per_token`."""
+    memory: float
+    """Peak, GiB."""
+
+
+def generation(case: Case, system: Any, peak: Peak) -> Generation:
+    """Texts of `new_tokens` after prompts of `seq_len`: `repeats` of them after a first. Memory is read in between,
+    since a machine's bandwidth can change from minute to minute by half, if others share it."""
+    prompts = case.rows()[0].tolist()
+    first, each, memory = [], [], 0.0
+    bandwidths = []
+    for _ in range(1 + case.repeats):
+        bandwidths.append(read_bandwidth(case, system.framework))
+        peak.reset()
+        times = [time.perf_counter()]
+        system.generate(prompts, case.new_tokens, lambda _, times=times: times.append(time.perf_counter()))
+        memory = max(memory, peak.read())
+        between = [after - before for before, after in pairwise(times)]
+        first.append(between[0])
+        each.append(statistics.median(between[1:]))
+    bandwidths.append(read_bandwidth(case, system.framework))
+    around = [(before + after) / 2 for before, after in pairwise(bandwidths)][1:]
+    first, each = first[1:], each[1:]
+    fractions = [bytes_per_token(case) / 1e9 / seconds / read for seconds, read in zip(each, around, strict=True)]
+    return Generation(*map(statistics.median, (first, each, around, fractions)), memory)
+
+
+def read_bandwidth(case: Case, framework: str) -> float:
+    """GB/s of reading memory once."""
+    return READ_BYTES / clocked(READERS[framework](case), 4)[1] / 1e9
+
+
+def chosen(system: Any) -> dict:
+    return {"experts_implementation": system.implementation} if isinstance(system, Transformers) else {}
+
+
+class Peak:
+    """Peak memory between `reset` and `read`, in GiB: the device's if it has its own, else the process's."""
+
+    def __init__(self) -> None:
+        self.of: Callable[[], int | None] = lambda: None
+
+    def reset(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # not Linux: the peak of the process's whole life is read
+
+    def read(self) -> float:
+        device = self.of()
+        if device is not None:
+            return device / GIB
+        try:
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            return int(fields["VmHWM"].split()[0]) * 1024 / GIB
+        except (OSError, KeyError):
+            import resource
+
+            scale = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
+
+
+def ceilings(case: Case) -> Iterator[dict]:
+    """The machine's limits: one large matrix product and reading memory in each framework, the bare tokenizer."""
+
+    def row(task: str, value: float, unit: str) -> dict:
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": None}
+
+    size = 2048 if case.repeats < 3 else 4096
+    for framework in READERS:
+        try:
+            _, seconds = clocked(MULTIPLIERS[framework](case, size), 2 * case.repeats + 1)
+        except ImportError:
+            continue
+        yield row(f"matmul ({framework})", 2 * size**3 / seconds / 1e9, "GFLOP/s")
+        yield row(f"read ({framework})", read_bandwidth(case, framework), "GB/s")
+    if "input" in case.tasks:
+        yield row("input", bare_tokenizer_rate(case), "tokens/s")
+
+
+def multiply_in_torch(case: Case, size: int) -> Callable[[], Any]:
+    """One large product, as this project's layers take it: a CPU without bfloat16 units has it in float32."""
+    import torch
+
+    from torch_ref.device import resolve_device
+    from torch_ref.layers import product
+
+    device = resolve_device(case.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a = torch.ones(size, size, dtype=getattr(torch, case.dtype), device=device)
+    return lambda: (product(a, a), wait())
+
+
+def read_in_torch(case: Case) -> Callable[[], Any]:
+    """A sum over `READ_BYTES` of memory."""
+    import torch
+
+    from torch_ref.device import resolve_device
+
+    device = resolve_device(case.device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    memory = torch.ones(READ_BYTES // 4, device=device)
+    return lambda: (memory.sum(), wait())
+
+
+def multiply_in_jax(case: Case, size: int) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    a, multiply = jnp.ones((size, size), case.dtype), jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(multiply(a, a))
+
+
+def read_in_jax(case: Case) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    memory, total = jnp.ones(READ_BYTES // 4), jax.jit(jnp.sum)
+    return lambda: jax.block_until_ready(total(memory))
+
+
+MULTIPLIERS = {"torch": multiply_in_torch, "jax": multiply_in_jax}
+READERS = {"torch": read_in_torch, "jax": read_in_jax}
+
+
+def input_options(case: Case, folder: str) -> Any:
+    from train.data.packing import DataOptions
+
+    vocab = case.config.vocab_size
+    return DataOptions("python-docs", tokenizer="bpe", vocab_size=min(vocab, 8192), seq_len=case.seq_len)
+
+
+def input_rate(case: Case) -> float:
+    """Tokens a second that tokenising and packing deliver, through the thread that feeds the loop."""
+    from train.data.packing import open_data
+
+    with tempfile.TemporaryDirectory() as folder:
+        batches = open_data(input_options(case, folder), Path(folder)).batches()
+        next(batches)
+        start, tokens = time.perf_counter(), 0
+        for batch in batches:
+            tokens += batch.inputs.size
+            if batch.cursor["epoch"] or time.perf_counter() - start > 10:
+                break
+        seconds = time.perf_counter() - start
+        batches.close()
+    return tokens / seconds
+
+
+def bare_tokenizer_rate(case: Case) -> float:
+    """Tokens a second of the tokenizer alone on the same text, in one batch."""
+    from train.data.packing import open_data
+    from train.data.sources import python_documents
+
+    texts = [text for _, text in python_documents()]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = open_data(input_options(case, folder), Path(folder)).tokenizer
+        tokenizer.encode_batch(texts[:8])
+        start = time.perf_counter()
+        tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+        return tokens / (time.perf_counter() - start)
+
+
+def worker(text: str) -> None:
+    """Measure the case written in `text`; every row is one line of JSON on standard output."""
+    fields = json.loads(text)
+    case = Case(**{**fields, "tasks": tuple(fields["tasks"])})
+    for row in measure(case):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])

@@ -1,0 +1,219 @@
+"""Documents of a corpus: rows of a source without the bad ones, held-out ones kept apart, read again after an error."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch_ref.spec.interface import UserError
+from train.data.hub import open_hub
+from train.data.sources import (
+    PYTHON_DOCS,
+    Bad,
+    FileSource,
+    Row,
+    Source,
+    Stream,
+    first_line,
+    looks_like_hub_name,
+    python_docs_source,
+)
+
+log = logging.getLogger(__name__)
+
+BAD_ROWS_NAMED = 20
+"""Bad rows named in the log; any further ones are counted only."""
+
+LONGEST_WAIT = 60.0
+"""Bound of the back-off between two attempts to read, in seconds."""
+
+DIGEST_BITS = 64
+
+_GIVEN_UP = "--dataset: reading was given up, because the run ends"
+
+
+class DataError(UserError):
+    """The data cannot be read on, after all attempts. The loop saves a checkpoint and ends cleanly."""
+
+
+class Document(NamedTuple):
+    text: str
+    place: str
+    digest: int
+    """64-bit hash of the text. It decides whether the document is held out, so copies fall on the same side."""
+
+
+def open_source(
+    dataset: str, config: str | None, revision: str | None, text_field: str, folder: Path, keep: bool
+) -> Source:
+    """`python-docs` (kept in `folder`), a file, a folder, a glob, or else a name on the Hub."""
+    if dataset == PYTHON_DOCS:
+        return python_docs_source(folder / f"{PYTHON_DOCS}.jsonl", keep)
+    on_hub = not Path(dataset).exists() and looks_like_hub_name(dataset)
+    return open_hub(dataset, config, revision, text_field) if on_hub else FileSource(dataset, text_field)
+
+
+class BadRows:
+    """Rows without usable text: each is counted once, however often it is read, and the first ones are named."""
+
+    def __init__(self) -> None:
+        self._places: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, place: str, reason: str) -> None:
+        if place in self._places:
+            return
+        self._places.add(place)
+        if len(self) <= BAD_ROWS_NAMED:
+            log.warning("skipped %s: %s", place, reason)
+        if len(self) == BAD_ROWS_NAMED:
+            log.warning("further bad rows are skipped and counted, but not named")
+
+
+def as_document(row: Row) -> Document | Bad:
+    value = row.value
+    if isinstance(value, Bad):
+        return value
+    if not isinstance(value, str | bytes):
+        return Bad(f"{type(value).__name__}, not text")
+    try:
+        content = value.encode() if isinstance(value, str) else value
+        text = value if isinstance(value, str) else value.decode()
+    except UnicodeError as error:
+        line = error.object[: error.start].count(b"\n") if isinstance(value, bytes) else 0
+        return Bad(f"invalid UTF-8 in line {line + 1} of it" if line else "invalid UTF-8")
+    if not text.strip():
+        return Bad("empty")
+    return Document(text, row.place, int.from_bytes(hashlib.blake2b(content, digest_size=DIGEST_BITS // 8).digest()))
+
+
+class Reader:
+    """Documents of a source that `keep` accepts, read from a position and read again after an error.
+
+    `retries` attempts follow a failed one, after waits that start at `wait` seconds and double.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        keep: Callable[[Document], bool] = lambda document: True,
+        bad_rows: BadRows | None = None,
+        retries: int = 5,
+        wait: float = 1.0,
+    ):
+        self.source, self.keep, self.retries, self.wait = source, keep, retries, wait
+        self.bad_rows = BadRows() if bad_rows is None else bad_rows
+        self.stop = threading.Event()
+        """Set from another thread, it makes the reader give up, also while it waits."""
+        self._stream: Stream | None = None
+        self._position: dict | None = None
+
+    def read(self, state: dict | None, count: int) -> tuple[list[Document], dict | None]:
+        """The next `count` documents from a position on, and the position after them; None: the epoch ended.
+
+        Raises `DataError` when the attempts are used up."""
+        for attempt in range(self.retries + 1):
+            try:
+                return self._read(state, count)
+            except UserError:
+                raise
+            except Exception as error:
+                self.close()
+                if attempt == self.retries:
+                    tries = f"after {attempt + 1} attempts" if attempt else "(no retries)"
+                    raise DataError(f"--dataset: reading failed {tries}: {first_line(error)}") from error
+                wait = min(self.wait * 2**attempt, LONGEST_WAIT)
+                log.warning(
+                    "reading failed (%s); attempt %d of %d in %.3g s, from the same position",
+                    first_line(error),
+                    attempt + 2,
+                    self.retries + 1,
+                    wait,
+                )
+                if self.stop.wait(wait):
+                    raise DataError(_GIVEN_UP) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _read(self, state: dict | None, count: int) -> tuple[list[Document], dict | None]:
+        if self._stream is None or self._position != state:
+            self.close()
+            self._stream = self.source.rows(state)
+        documents: list[Document] = []
+        for row in self._stream:
+            if self.stop.is_set():
+                raise DataError(_GIVEN_UP)
+            document = as_document(row)
+            if isinstance(document, Bad):
+                self.bad_rows.add(row.place, document.reason)
+            elif self.keep(document):
+                documents.append(document)
+                if len(documents) == count:
+                    self._position = self._stream.state()
+                    return documents, self._position
+        self.close()
+        return documents, None
+
+    def __iter__(self) -> Iterator[Document]:
+        """One epoch, document by document."""
+        state: dict | None = None
+        try:
+            while True:
+                documents, state = self.read(state, 64)
+                yield from documents
+                if state is None:
+                    return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._position = None
+
+
+def held_out_below(reader: Reader, fraction: float) -> int:
+    """The bound on a document's digest under which it is held out, so that about `fraction` of all documents are.
+
+    Where that would hold out none (a small corpus), the bound takes the one document with the smallest digest; 0 if
+    there is but one document."""
+    bound = int(fraction * 2**DIGEST_BITS)
+    smallest: set[int] = set()
+    for document in reader:
+        if document.digest < bound:
+            return bound
+        smallest = set(heapq.nsmallest(2, smallest | {document.digest}))
+    return min(smallest) + 1 if len(smallest) == 2 else 0
+
+
+def compare_identity(old: dict, new: dict) -> list[tuple[str, str]]:
+    """How the data of a checkpoint and the data at hand differ: (severity, message) pairs, none if they are the same.
+
+    `refuse`: the rows, their order or their tokens would differ, so the stored position means nothing here.
+    `warn`: only library versions differ."""
+    found = []
+    for key in sorted((old.keys() | new.keys()) - {"versions"}):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            for name in names[:3]:
+                found.append(
+                    ("refuse", f"{key}: {name} was {before.get(name, 'absent')}, is {now.get(name, 'absent')}")
+                )
+            if len(names) > 3:
+                found.append(("refuse", f"{key}: {len(names) - 3} more differ"))
+        else:
+            found.append(("refuse", f"{key} was {before}, is {now}"))
+    before, now = old.get("versions", {}), new.get("versions", {})
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            found.append(("warn", f"{name} was {before[name]}, is {now[name]}: the order of the data may differ"))
+    return found

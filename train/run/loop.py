@@ -1,0 +1,427 @@
+"""The training loop, the same for both frameworks: `Run.train` tells it from top to bottom.
+
+It owns steps, logging, the cadence of validation, checkpoints and samples, early stopping and resuming. Models and
+optimizers are behind `Backend`, text behind `Data`; this file knows neither torch nor jax.
+
+A run folder:
+
+    settings.toml             every setting, as `--config` reads it
+    tokenizer.json            and what else belongs to the data
+    training.logs             what the console showed
+    metrics.jsonl             one JSON object a step, validation, sample
+    checkpoints/step_1000     whole training states; the last one is step_final_10100
+    best/step_2500            the one with the best validation loss
+    deepseek_final.*          the final weights alone
+    plot.png                  curves, drawn when the run ends
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from torch_ref.spec.interface import IGNORE, Backend, StepResult, UserError
+from train.data.corpus import DataError, compare_identity
+from train.data.packing import Batch, Data
+from train.plot import plot_runs
+from train.run.lr_finder import find_learning_rate
+from train.run.options import Options, trajectory_differences
+from train.run.overview import overview
+from train.run.progress import Progress
+from train.run.runlog import RULE, RunLog, step_line
+from train.run.signals import StopSignals
+from train.state.source import load_checkpoint, read_start
+
+FINAL_WEIGHTS = "deepseek_final"
+
+COMPLETE, FAILED = 0, 2
+"""Exit codes; a signal adds its number to 128: Ctrl-C 130, SIGTERM 143."""
+
+
+class Run:
+    """One start of a run: from seeded weights, from given ones, or from a checkpoint.
+
+    Arguments: `write_weights(run_dir, backend)` writes the final weights in the framework's own format and returns
+    their path.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        run_dir: Path,
+        backend: Backend,
+        data: Data,
+        write_weights: Callable[[Path, Backend], Path],
+    ) -> None:
+        self.options = options
+        self.run_dir = run_dir
+        self.checkpoints = run_dir / "checkpoints"
+        self.best = run_dir / "best"
+        self.backend = backend
+        self.data = data
+        self.write_weights = write_weights
+        self.progress = Progress()
+        self.changes: list[str] = []
+        self.saved_step: int | None = None
+        self.under_way: Path | None = None
+        """The checkpoint that is being written."""
+        self.log: RunLog
+
+    def train(self) -> int:
+        """Train to the end, or until something stops it; returns the exit code. Whatever stopped it, the run can be
+        started again and goes on from its latest checkpoint."""
+        origin = self.begin()
+        if self.finished and self.saved_step == self.step and any(self.run_dir.glob(f"{FINAL_WEIGHTS}.*")):
+            print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}.")
+            return COMPLETE
+
+        with RunLog(self.run_dir, self.step, self.options) as self.log, StopSignals() as signals:
+            self.introduce(origin)
+            if self.options.find_lr and self.step == 0:
+                self.adopt_learning_rate(signals)
+                if signals.received:
+                    return 128 + signals.received
+            try:
+                with closing(self.data.batches(self.progress.cursor)) as batches:
+                    self.log.show_progress(self.step)
+                    while not self.finished:
+                        self.train_step(batches)
+                        self.announce_save()
+                        if self.validation_due:
+                            self.validate()
+                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
+                            self.save()
+                        if self.due(self.options.sample_interval):
+                            self.sample()
+                        if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
+                            return self.stop_diverged()
+                        if signals.received and not self.finished:
+                            return self.stop_interrupted(signals.received)
+            except DataError as error:
+                return self.stop_without_data(error)
+            return self.finish()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, skipped ones included."""
+        return self.backend.steps_done
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.options.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        return 0 < self.options.patience <= self.progress.stale_validations
+
+    @property
+    def ends_main_phase(self) -> bool:
+        return self.step == self.options.steps
+
+    @property
+    def phase(self) -> str:
+        return "main" if self.step <= self.options.steps else "extended"
+
+    def due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    @property
+    def validation_due(self) -> bool:
+        """Every `eval_interval` steps, and at the end of a run that is longer than that."""
+        return (
+            self.due(self.options.eval_interval)
+            or self.step == self.options.total_steps > self.options.eval_interval > 0
+        )
+
+    # ---------------------------------------------------------------------------------------------- begin or resume
+
+    def begin(self) -> str:
+        """Put weights, optimizer and progress where the run starts; returns in words where that is."""
+        own = self.backend.find(self.checkpoints)
+        checkpoint = own[-1][1] if own else self.options.resume_from
+        if own and self.options.resume_from:
+            self._refuse_to_go_back(self.options.resume_from, own)
+        if checkpoint:
+            self._restore(checkpoint)
+            self.saved_step = self.step if own else None
+            return f"Resuming from {checkpoint} at step {self.step}"
+        if self.options.init_from:
+            self.backend.load_state(read_start(self.options.init_from, self.options.model))
+            return f"Starting from the weights of {self.options.init_from}"
+        self.backend.init(self.options.seed)
+        return f"Starting from random weights with seed {self.options.seed}"
+
+    def _refuse_to_go_back(self, wanted: Path, own: list[tuple[int, Path]]) -> None:
+        """Going on from an older checkpoint would leave newer ones that do not follow from it."""
+        older = [path for _, path in own[:-1] if path.resolve() == wanted.resolve()]
+        if older:
+            raise UserError(
+                f"--resume-from {wanted}: {self.checkpoints} holds later steps, up to {own[-1][0]}; give another "
+                "--run-dir, or remove the later checkpoints"
+            )
+
+    def _restore(self, checkpoint: Path) -> None:
+        meta = load_checkpoint(self.backend, checkpoint)
+        if self.options.find_lr:
+            # The rate that was found when the run began.
+            self._use_learning_rate(meta["options"]["learning_rate"])
+        differences = trajectory_differences(meta["options"], self.options.to_dict())
+        data_differences = compare_identity(meta["data"], self.data.identity)
+        differences += [message for severity, message in data_differences if severity == "refuse"]
+        if differences and not self.options.allow_changed_settings:
+            raise UserError(
+                f"{checkpoint}: {'; '.join(differences)}: that would change the run; take the former settings, another "
+                "--run-dir, or --allow-changed-settings"
+            )
+        self.changes = differences + [message for severity, message in data_differences if severity == "warn"]
+        self.progress = Progress(**meta["progress"])
+
+    def introduce(self, origin: str) -> None:
+        """Say what will be trained, on what and where, and how much disk the checkpoints take."""
+        self._write_settings()
+        for change in self.changes:
+            self.log.warn(f"changed since the checkpoint: {change}")
+        self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
+        self.log.say(origin)
+        self._announce_phase()
+
+    def _write_settings(self) -> None:
+        (self.run_dir / "settings.toml").write_text(self.options.to_toml(), encoding="utf-8")
+
+    def _announce_phase(self) -> None:
+        options = self.options
+        if self.step < options.steps:
+            self.log.say(
+                f"Main phase: steps {self.step + 1} to {options.steps}, learning rate up to {options.learning_rate:g}"
+            )
+        elif self.step < options.total_steps:
+            rate = options.schedule(options.steps)
+            self.log.say(f"Extended phase: steps {self.step + 1} to {options.total_steps}, learning rate {rate:g}")
+
+    def adopt_learning_rate(self, signals: StopSignals) -> None:
+        """Sweep the learning rate from where the run stands, and use the rate that is suggested."""
+        picture = self.run_dir / "lr_finder.png"
+        rate = find_learning_rate(self.backend, self.data, picture, self.log.say, lambda: bool(signals.received))
+        if rate is not None:
+            self._use_learning_rate(rate)
+            self._write_settings()
+
+    def _use_learning_rate(self, rate: float) -> None:
+        self.options = dataclasses.replace(self.options, learning_rate=rate)
+        self.backend.set_schedule(self.options.schedule)
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """Take the next batch, update the weights, and log the step."""
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        result = self.backend.step(batch.inputs, batch.targets)
+        seconds = time.perf_counter() - started
+
+        progress = self.progress
+        progress.cursor = batch.cursor
+        progress.tokens_seen += result.tokens
+        progress.loss = result.loss
+        progress.skipped_steps += not result.applied
+        progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+        self._log_step(result, seconds, waited)
+        if self.ends_main_phase:
+            self._announce_phase()
+
+    def _log_step(self, result: StepResult, seconds: float, waited: float) -> None:
+        progress = self.progress
+        speed = result.tokens / seconds
+        counts = result.expert_counts
+        values = {
+            "step": self.step,
+            "phase": self.phase,
+            "loss": result.loss,
+            "balance_loss": result.balance_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens": result.tokens,
+            "tokens_seen": progress.tokens_seen,
+            "tokens_per_second": speed,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "applied": result.applied,
+            "skipped_steps": progress.skipped_steps,
+            "expert_load": (counts.max(axis=1) / counts.mean(axis=1).clip(1e-9)).tolist() if counts.size else [],
+            "expert_counts": counts.tolist(),
+            "data_position": progress.cursor,
+            "bad_rows": self.data.bad_rows,
+        }
+        line = step_line(self.step, result.loss, result.learning_rate, seconds, speed, self.options.micro_batches)
+        self.log.step(values, line)
+        if not result.applied:
+            self.log.warn(
+                f"step {self.step} updated nothing: loss {result.loss} or gradient norm {result.grad_norm} is not "
+                f"finite ({progress.skipped_in_a_row} in a row, at {self.options.max_skipped_steps} the run stops)"
+            )
+
+    # --------------------------------------------------------------------------- validation, checkpoints, samples
+
+    def validate(self) -> None:
+        """Loss on the held-out rows; keep the state if it is the best so far."""
+        loss_sum, tokens = 0.0, 0
+        for inputs, targets in fixed_size_parts(*self.data.validation, self.options.rows_per_pass):
+            part_sum, part_tokens = self.backend.evaluate(inputs, targets)
+            loss_sum += part_sum
+            tokens += part_tokens
+        if not tokens:
+            return
+        loss = loss_sum / tokens
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(loss))
+        bits_per_byte = loss_sum / math.log(2) / self.data.validation_bytes
+        better = self.progress.validated(self.step, loss, self.options.min_delta)
+        values = {
+            "step": self.step,
+            "loss": loss,
+            "perplexity": perplexity,
+            "bits_per_byte": bits_per_byte,
+            "tokens": tokens,
+            "best_step": self.progress.best_step,
+            "stale_validations": self.progress.stale_validations,
+        }
+        verdict = "the best so far" if better else f"the best was at step {self.progress.best_step}"
+        self.log.validation(
+            values,
+            f"Validation at step {self.step} | Loss: {loss:.4f} | Perplexity: {perplexity:.2f} | "
+            f"Bits per byte: {bits_per_byte:.4f} ({verdict})",
+        )
+        if better:
+            path = self._write_checkpoint(self.best, f"step_{self.step}")
+            for _, other in self.backend.find(self.best):
+                if other != path:
+                    self.backend.delete(other)
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless there is one. It may land while training goes on."""
+        if self.saved_step == self.step:
+            return
+        self.settle_save()
+        name = f"step_final_{self.step}" if self.finished else f"step_{self.step}"
+        self.log.say(f"{RULE}\nSaving checkpoint at step {self.step}\n{RULE}")
+        self.under_way = self._write_checkpoint(self.checkpoints, name)
+        self.saved_step = self.step
+        self.announce_save()
+
+    def announce_save(self) -> None:
+        """Say so once the checkpoint under way has landed; only then do older ones make room."""
+        if self.under_way is None or not self.under_way.exists():
+            return
+        self.log.say(f"Checkpoint saved to: {self.under_way}\n{RULE}")
+        self.under_way = None
+        if self.options.keep_checkpoints:
+            for _, old in self.backend.find(self.checkpoints)[: -self.options.keep_checkpoints]:
+                self.backend.delete(old)
+
+    def settle_save(self) -> None:
+        """Wait for the checkpoint under way; what went wrong with it is raised here."""
+        with self._checkpoint_errors(self.under_way):
+            self.backend.wait()
+        self.announce_save()
+
+    def _write_checkpoint(self, folder: Path, name: str) -> Path:
+        meta = {
+            "step": self.step,
+            "loss": self.progress.loss,
+            "framework": self.backend.framework,
+            "options": self.options.to_dict(),
+            "data": self.data.identity,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        with self._checkpoint_errors(folder / name):
+            return self.backend.save(folder, name, meta)
+
+    @contextmanager
+    def _checkpoint_errors(self, path: Path | None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"checkpoint {path} cannot be written: {error}; those before it are whole") from error
+
+    def sample(self) -> None:
+        """Let the model continue the prompt, with random numbers that belong to this sample alone."""
+        tokenizer = self.data.tokenizer
+        positions = self.options.model.max_position
+        prompt = tokenizer.encode(self.options.prompt)[: positions - 1]
+        room = positions - len(prompt)
+        sampling = self.options.sampling(tokenizer.eot_id)
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        tokens = self.backend.generate(prompt, sampling, seed=self.options.seed + self.step)
+        self.log.sample(self.step, self.options.prompt, tokenizer.decode(tokens))
+
+    # ------------------------------------------------------------------------------------------------- endings
+
+    def finish(self) -> int:
+        """The run is complete: final weights and curves."""
+        self.save()
+        self.settle_save()
+        path = self.write_weights(self.run_dir, self.backend)
+        self.log.say(f"Final weights saved to: {path}")
+        self._end("complete", f"The run is complete: {self.outcome}")
+        return COMPLETE
+
+    @property
+    def outcome(self) -> str:
+        validation = ""
+        if self.progress.best_loss is not None:
+            validation = f", best validation loss {self.progress.best_loss:.4f} at step {self.progress.best_step}"
+        if self.stopped_early:
+            stale = self.progress.stale_validations
+            return f"stopped early at step {self.step}, after {stale} validations without a better one{validation}"
+        return f"{self.step} steps{validation}"
+
+    def stop_interrupted(self, number: int) -> int:
+        self.save()
+        name = signal.Signals(number).name
+        self._end("interrupted", f"Stopped by {name} after step {self.step}; the same command goes on from there")
+        return 128 + number
+
+    def stop_diverged(self) -> int:
+        """Too many updates in a row were skipped: the weights are still those of the last good step."""
+        skipped = self.progress.skipped_in_a_row
+        self.progress.skipped_in_a_row = 0  # a resumed run may try as many again
+        self.save()
+        self._end(
+            "diverged",
+            f"Stopped at step {self.step}: loss or gradient was not finite in {skipped} steps in a row. The checkpoint "
+            f"holds the weights of the last good step, {self.step - skipped}. The same command tries on with new data; "
+            "a lower --learning-rate (with --allow-changed-settings) or --dtype float32 may help",
+        )
+        return FAILED
+
+    def stop_without_data(self, error: DataError) -> int:
+        if self.step:
+            self.save()
+        self._end("data error", f"Stopped at step {self.step}: {error}")
+        return FAILED
+
+    def _end(self, state: str, message: str) -> None:
+        self.settle_save()
+        self.log.end(self.step, state)
+        self.log.say(message)
+        if self.step:
+            self.log.say(f"Curves drawn to: {plot_runs([self.run_dir], self.run_dir / 'plot.png')}")
+
+
+def fixed_size_parts(inputs: np.ndarray, targets: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows in parts of one size, so that a framework compiles one shape; what fills up the last part is not scored."""
+    for start in range(0, len(inputs), rows):
+        missing = max(start + rows - len(inputs), 0)
+        fill = ((0, missing), (0, 0))
+        yield (
+            np.pad(inputs[start : start + rows], fill),
+            np.pad(targets[start : start + rows], fill, constant_values=IGNORE),
+        )

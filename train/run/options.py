@@ -1,0 +1,329 @@
+"""Every setting of a training run: one frozen dataclass.
+
+`Options` is flat; the classes it is put together from only group the settings for `--help`, the README's table and
+the `settings.toml` that each run folder keeps. Model sizes are its field `model`: the table `[model]` in TOML, flat
+flags such as `--num-layers` on the command line (`train/command_line.py`).
+
+A setting made with `trajectory(...)` shapes the sequence of weights, beyond rounding: a resumed run must not change it
+unawares. All others may differ from one start of a run to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
+from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
+from train.data.packing import DataOptions
+from train.run.schedule import Schedule
+
+
+def trajectory(default: Any) -> Any:
+    """A setting that a resumed run must share with its checkpoint."""
+    return dataclasses.field(default=default, metadata={"trajectory": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What to run, and where its files go."""
+
+    preset: str = "smol-774m"
+    """Named settings to start from: tiny, small or smol-774m."""
+    config: Path | None = None
+    """TOML file of settings that override the preset's; a run's settings.toml is one."""
+    run_dir: Path | None = None
+    """Folder of the run. Default: runs/<preset>-<framework>. A run found there goes on from its latest checkpoint."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint instead of the run folder's latest."""
+    init_from: Path | None = None
+    """Start from these weights (a weights file, an exported or a converted folder), whose model sizes come along."""
+    allow_changed_settings: bool = False
+    """Resume although settings or data that shape the trajectory differ from the checkpoint's."""
+    find_lr: bool = False
+    """Before the first step, sweep learning rates, draw lr_finder.png, and train at the rate found."""
+    seed: int = trajectory(0)
+    """Of initial weights, data order and samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How it is computed: speed and memory, the same numbers but for rounding."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto takes CUDA, then MPS (torch only), then the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
+    """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
+    attention: str = "auto"
+    """Attention path: auto, plain, or flax: blocked, cudnn; torch: sdpa, masked."""
+    moe: str = "auto"
+    """Expert path: auto, grouped, blocks, or dense (all experts on all tokens)."""
+    remat: Literal["auto", "off", "experts", "layers"] = "auto"
+    """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
+    scan_layers: bool = True
+    """Flax: compile one layer and scan over the stack, instead of unrolling."""
+    loss_chunk: int = 512
+    """Tokens whose logits exist at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Text, tokens and rows."""
+
+    # Which text, in which order and as which tokens, is compared by content on resume (`Data.identity`), not by name:
+    # a run may go on where its files lie elsewhere.
+    dataset: str = "HuggingFaceTB/smollm-corpus"
+    """python-docs (comes with Python), a file, folder or glob of text, jsonl or parquet, or a Hub name."""
+    dataset_config: str | None = None
+    """Configuration of a Hub dataset. Default: cosmopedia-v2 for smollm-corpus, none for others."""
+    dataset_revision: str | None = None
+    """Of a Hub dataset. Default: the newest when the run starts, kept from then on."""
+    text_field: str = "text"
+    """Column or key that holds the text."""
+    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"
+    """A Hub name, a local folder, or bpe: byte-level, as large as the model's vocabulary, trained on the corpus."""
+    seq_len: int = trajectory(2048)
+    """Tokens a row."""
+    shuffle_window: int = 2048
+    """Documents that are shuffled among each other; 1 keeps their order."""
+    validation_rows: int = 64
+    """Held-out rows at most, never trained on; 0 turns validation off."""
+    validation_fraction: float = 0.02
+    """Of all documents, held out."""
+    data_retries: int = 5
+    """Further attempts when text cannot be read, with growing waits, before the run saves and ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Steps, batch, optimizer and schedule."""
+
+    steps: int = trajectory(10_000)
+    """Optimizer steps of the main phase, over which the learning rate rises and falls."""
+    extended_steps: int = 100
+    """Further steps at the final learning rate."""
+    batch_size: int = trajectory(8)
+    """Rows per optimizer step."""
+    micro_batch_size: int = 1
+    """Rows per forward pass; gradients accumulate over batch-size / micro-batch-size of them."""
+    learning_rate: float = trajectory(0.003)
+    """Peak, reached at the end of the warm-up."""
+    warmup_steps: int = trajectory(500)
+    """Steps of linear warm-up, at most the main phase; the first one uses learning-rate / warmup-steps."""
+    final_lr_ratio: float = trajectory(0.1)
+    """Learning rate at the end of the main phase and after it, as a part of the peak."""
+    weight_decay: float = trajectory(0.01)
+    """Of AdamW, on matrices."""
+    grad_clip: float = trajectory(1.0)
+    """Largest global gradient norm."""
+    beta1: float = trajectory(0.9)
+    """Of AdamW's first moment."""
+    beta2: float = trajectory(0.95)
+    """Of AdamW's second moment."""
+    eps: float = trajectory(1e-8)
+    """Of AdamW, outside the root."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row whose loss or gradient is not finite; such a step updates nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CadenceOptions:
+    """Checkpoints, validation and samples."""
+
+    checkpoint_interval: int = 1000
+    """Steps between checkpoints; one more at the end of each phase."""
+    keep_checkpoints: int = 0
+    """Keep only the latest N checkpoints; 0 keeps all. The best one by validation is kept apart."""
+    eval_interval: int = 500
+    """Steps between validations; 0 turns them off."""
+    patience: int = 0
+    """Stop early after this many validations in a row without a better loss; 0 never does."""
+    min_delta: float = 0.0
+    """By how much, in nats per token, a loss must beat the best to count as better."""
+    sample_interval: int = 500
+    """Steps between samples; 0 turns them off."""
+    prompt: str = "Once upon a time"
+    """What samples continue."""
+    sample_tokens: int = 200
+    """Tokens a sample."""
+    temperature: float = 0.8
+    """Of samples."""
+    top_k: int = 50
+    """Samples draw from this many likeliest tokens; 0 for all."""
+    top_p: float = 0.95
+    """Samples draw from the likeliest tokens that hold this much probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstrumentOptions:
+    """Where metrics go besides the console, training.logs, metrics.jsonl and plots."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Report to Weights & Biases (pip install wandb)."""
+    wandb_project: str = "smol-deepseek"
+    """Its project."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, CadenceOptions, InstrumentOptions):
+    """Every setting of a run. Raises `UserError` naming the flag of an impossible value."""
+
+    model: ModelConfig = trajectory(PRESETS["smol-774m"])
+    """Sizes of the model."""
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "steps batch_size micro_batch_size seq_len loss_chunk shuffle_window checkpoint_interval sample_tokens "
+            "max_skipped_steps"
+        )
+        not_negative = (
+            "extended_steps warmup_steps keep_checkpoints eval_interval sample_interval patience validation_rows "
+            "min_delta weight_decay top_k seed data_retries"
+        )
+        for name in at_least_one.split():
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in not_negative.split():
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        for name in "learning_rate grad_clip eps temperature".split():
+            self._require(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
+        for name in ("beta1", "beta2"):
+            self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
+        for name in ("final_lr_ratio", "top_p", "validation_fraction"):
+            self._require(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
+        self._require(
+            self.batch_size % self.rows_per_pass == 0,
+            "batch_size",
+            f"must be a multiple of --micro-batch-size {self.micro_batch_size}",
+        )
+        self._require(bool(self.prompt), "prompt", "must not be empty")
+        self._require(
+            self.seq_len <= self.model.max_position,
+            "seq_len",
+            f"must be at most --max-position {self.model.max_position}",
+        )
+        self._require(
+            not self.patience or (self.eval_interval and self.validation_rows),
+            "patience",
+            "needs validation: --eval-interval and --validation-rows above 0",
+        )
+
+    def _require(self, condition: bool, name: str, rule: str) -> None:
+        if not condition:
+            raise UserError(f"{flag(name)} {getattr(self, name)}: {rule}")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps + self.extended_steps
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of one micro-batch: a batch may be smaller than `micro_batch_size`."""
+        return min(self.micro_batch_size, self.batch_size)
+
+    @property
+    def micro_batches(self) -> int:
+        return self.batch_size // self.rows_per_pass
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """Once `dtype` and `remat` are settled: `auto` is no compute setting."""
+        return ComputeConfig(self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.loss_chunk)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.learning_rate, self.warmup_steps, self.steps, self.final_lr_ratio)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            schedule=self.schedule,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+            micro_batch_size=self.rows_per_pass,
+        )
+
+    @property
+    def data(self) -> DataOptions:
+        config = self.dataset_config
+        if config is None and self.dataset == CorpusOptions.dataset:
+            config = "cosmopedia-v2"
+        return DataOptions(
+            dataset=self.dataset,
+            dataset_config=config,
+            dataset_revision=self.dataset_revision,
+            text_field=self.text_field,
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.vocab_size,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle_window=self.shuffle_window,
+            validation_rows=self.validation_rows,
+            validation_fraction=self.validation_fraction,
+            data_retries=self.data_retries,
+        )
+
+    def sampling(self, stop_token: int | None) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.sample_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop_token=stop_token,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able values by name, `model` a nested dictionary."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def to_toml(self) -> str:
+        """The settings as a file that `--config` reads: grouped, without those that belong to one start of a run (its
+        folder, what it went on from)."""
+        blocks = [f"# {RunOptions.__doc__}\n" + _toml_lines({"preset": self.preset, "seed": self.seed})]
+        for section in SECTIONS[1:]:
+            blocks.append(f"# {section.__doc__}\n" + _toml_lines(vars(_part(self, section))))
+        return "\n".join([*blocks, "[model]\n" + _toml_lines(self.model.to_dict())])
+
+
+SECTIONS = Options.__bases__
+GROUPS = (*SECTIONS, ModelConfig)
+"""The groups of `--help` and of the settings table, in order."""
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def trajectory_differences(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One sentence part per setting that shapes the trajectory and differs between two `Options.to_dict()`."""
+    differences = []
+    for field in dataclasses.fields(Options):
+        if not field.metadata.get("trajectory"):
+            continue
+        before, after = stored.get(field.name), now.get(field.name)
+        pairs = {field.name: (before, after)}
+        if isinstance(before, dict) and isinstance(after, dict):
+            pairs = {name: (before.get(name), after.get(name)) for name in sorted(before | after)}
+        differences += [f"{flag(name)} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+    return differences
+
+
+def _part(options: Options, group: type) -> Any:
+    """One group's own instance out of the flat options."""
+    return group(**{field.name: getattr(options, field.name) for field in dataclasses.fields(group)})
+
+
+def _toml_lines(values: dict[str, Any]) -> str:
+    """`name = value` lines. JSON writes strings, numbers, booleans as TOML wants them; TOML has no null."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items() if value is not None)

@@ -1,0 +1,57 @@
+"""What a run says about itself before its first step: the model, the machine, the data, and the disk it will need."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch_ref.spec.interface import Backend
+from torch_ref.spec.parameters import count_active_parameters, count_parameters
+from train.data.packing import Data
+from train.run.options import Options
+
+
+def overview(options: Options, backend: Backend, data: Data, run_dir: Path) -> str:
+    """A few lines for the log."""
+    compute = backend.compute
+    parameters, active = count_parameters(options.model), count_active_parameters(options.model)
+    tokens = options.batch_size * options.seq_len
+    return (
+        f"Model: {options.preset}, {parameters:,} parameters, {active:,} of them active per token\n"
+        f"Device: {backend.device}; {backend.framework}, {compute.dtype}, attention {compute.attention}, "
+        f"experts {compute.moe}, rematerialisation {compute.remat}\n"
+        f"Data: {options.dataset}, tokenizer {options.tokenizer} of {data.tokenizer.vocab_size:,} tokens, "
+        f"{len(data.validation[0])} validation rows\n"
+        f"Batch: {options.batch_size} x {options.seq_len} = {tokens:,} tokens a step, accumulated over "
+        f"{options.micro_batches} batches\n"
+        f"{disk_estimate(options, run_dir)}"
+    )
+
+
+def disk_estimate(options: Options, run_dir: Path) -> str:
+    """The space that all checkpoints will take, weights and two moments each, and whether the disk has it."""
+    boundaries = {*range(0, options.total_steps, options.checkpoint_interval), options.steps, options.total_steps}
+    checkpoints = len(boundaries - {0})
+    if options.keep_checkpoints:
+        # The oldest one goes when the new one is whole.
+        checkpoints = min(checkpoints, options.keep_checkpoints + 1)
+    best = options.eval_interval > 0 and options.validation_rows > 0
+    weights = count_parameters(options.model) * (8 if options.dtype == "float64" else 4)
+    needed = weights * (3 * (checkpoints + 2 * best) + 1)
+    present = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+    room = shutil.disk_usage(run_dir).free + present
+    estimate = (
+        f"Disk: {checkpoints} checkpoints of {size_in_words(3 * weights)}{', the best one' if best else ''} and the "
+        f"final weights take up to {size_in_words(needed)}; there is room for {size_in_words(room)}"
+    )
+    if needed > room:
+        estimate += "\nWarning: that is not enough; --keep-checkpoints N keeps only the latest N"
+    return estimate
+
+
+def size_in_words(size: int) -> str:
+    """Bytes with three digits and a unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
+    return f"{size / 1e3:.3g} kB"

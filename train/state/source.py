@@ -1,0 +1,257 @@
+"""A training state, or weights alone, out of anything that holds one: a run folder or a checkpoint of either
+framework, a neutral folder (`neutral.py`), a `transformers` folder, or a file of final weights.
+
+What is read is a `TrainingState` whose tensors come from disk when asked for, so a state never lies in memory twice.
+torch is imported for torch's own files alone, JAX for orbax checkpoints alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from torch_ref.spec.config import ModelConfig, SpecificationError
+from torch_ref.spec.huggingface import SIDECAR, import_folder
+from torch_ref.spec.interface import Backend, TrainingState, UserError
+from torch_ref.spec.parameters import flax_path, parameter_table
+from torch_ref.spec.storage import TensorReader, read_json
+from torch_ref.spec.training_state import FORMAT, LazyArrays, in_step_order, require_config
+from train.state.neutral import RUN, is_state, read_state
+
+KINDS = "a run folder, a checkpoint, a neutral folder, a transformers folder or a file of final weights"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a path."""
+
+    kind: str
+    """`torch`, `flax` (checkpoints), `neutral`, `transformers`, `weights`."""
+    path: Path
+    run: Path | None
+    """Folder with the files that belong to the run: settings, tokenizer, identity of the data."""
+
+
+def locate(path: Path, step: int | None = None) -> Source:
+    """What a path holds; of a run folder its latest checkpoint, or that of `step`, or else its final weights.
+
+    Raises `UserError` if it holds nothing that can be read, or no checkpoint of that step.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    source = _locate_one(path)
+    if source is not None:
+        if step is not None:
+            raise UserError(f"--step {step}: {path} is not a run folder with several checkpoints")
+        return source
+    for folder in (path / "checkpoints", path):
+        found = in_step_order((item.stem, item) for item in folder.glob("*") if _checkpoint_kind(item))
+        if step is not None and found:
+            found = [(number, item) for number, item in found if number == step]
+            if not found:
+                raise UserError(f"--step {step}: there is no such checkpoint in {folder}")
+        if found:
+            checkpoint = found[-1][1]
+            return Source(_checkpoint_kind(checkpoint), checkpoint, _run_of(checkpoint))
+    weights = [item for item in path.glob("*") if item.suffix in (".pt", ".safetensors")]
+    if step is None and len(weights) == 1:
+        return _locate_one(weights[0])
+    raise UserError(f"{path}: nothing to read there; give {KINDS}")
+
+
+def _locate_one(path: Path) -> Source | None:
+    """The source if the path itself is one, rather than a folder of several."""
+    kind = _checkpoint_kind(path)
+    if kind:
+        return Source(kind, path, _run_of(path))
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return Source("weights", path, path.parent)
+        raise UserError(f"{path}: cannot be read; give {KINDS}")
+    if is_state(path):
+        return Source("neutral", path, path / RUN)
+    if (path / "config.json").is_file():
+        return Source("transformers", path, path)
+    return None
+
+
+def _checkpoint_kind(path: Path) -> str | None:
+    """`torch` or `flax` if the path looks like a checkpoint or a weights file of that framework."""
+    if path.suffix == ".pt" and path.is_file():
+        return "torch"
+    if (path / "state").is_dir() and (path / "meta").is_dir():
+        return "flax"
+    return None
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint (in its `checkpoints` or `best`), or its final weights, lie in."""
+    for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
+        if (folder / "settings.toml").is_file() or (folder / "tokenizer.json").is_file():
+            return folder
+    return None
+
+
+def open_state(source: Source) -> TrainingState:
+    """The training state of a source, without moments where it holds weights alone.
+
+    Raises `UserError` naming a file that is damaged, or the framework that its format needs.
+    """
+    readers = {
+        "torch": _read_torch,
+        "flax": _read_flax,
+        "neutral": read_state,
+        "transformers": _read_transformers,
+        "weights": _read_weights,
+    }
+    return readers[source.kind](source.path)
+
+
+def _read_torch(path: Path) -> TrainingState:
+    """A `.pt` file: a checkpoint, or the state dict of final weights. Its tensors stay in the file until asked for."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: needs torch to read; convert it to neutral form where torch is installed") from None
+    from torch_ref.backend import read_checked
+
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: damaged, or not a file of torch tensors") from error
+    if all(isinstance(value, torch.Tensor) for value in stored.values()):
+        return TrainingState(_config_beside(path), _torch_arrays(stored))
+    stored = read_checked(path)
+    return TrainingState(
+        _config_of_dict(path, stored["model_config"]),
+        *(_torch_arrays(stored[name]) for name in ("weights", "first_moment", "second_moment")),
+        step=stored["step"],
+        updates=stored["updates"],
+        meta=stored["meta"],
+    )
+
+
+def _torch_arrays(tensors: Mapping) -> LazyArrays:
+    return LazyArrays(tensors, lambda name: tensors[name].numpy().copy())
+
+
+def _read_flax(path: Path) -> TrainingState:
+    """An orbax folder. Weights or one moment are in memory at a time: orbax reads the stacked layers together."""
+    try:
+        from flax_model.checkpoint import Checkpoints
+    except ImportError:
+        raise UserError(f"{path}: needs JAX to read; convert it to neutral form where JAX is installed") from None
+
+    checkpoints = Checkpoints()
+    contents = checkpoints.read_meta(path)
+    if contents.get("framework") != "flax" or contents.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of the Flax trainer in format {FORMAT}")
+    config = _config_of_dict(path, contents["model_config"])
+    rows = parameter_table(config)
+
+    @functools.lru_cache(maxsize=1)
+    def trees(*names: str) -> list[dict]:
+        return list(checkpoints.read_parts(path, *names).values())
+
+    def fetch(names: tuple[str, ...], name: str) -> np.ndarray:
+        keys, layer = flax_path(config, name)
+        for tree in trees(*names):
+            leaf = tree
+            for key in keys:
+                leaf = leaf.get(key) if isinstance(leaf, dict) else None
+            if leaf is not None:
+                return np.array(leaf if layer is None else leaf[layer])
+        raise UserError(f"{path}: {name} is missing")
+
+    def arrays(rows: Iterable, *names: str) -> LazyArrays:
+        return LazyArrays([row.name for row in rows], functools.partial(fetch, names))
+
+    trainable = [row for row in rows if row.trainable]
+    return TrainingState(
+        config,
+        arrays(rows, "params", "biases"),
+        arrays(trainable, "first_moment"),
+        arrays(trainable, "second_moment"),
+        step=contents["step"],
+        updates=contents["updates"],
+        meta=contents["meta"],
+    )
+
+
+def _read_transformers(path: Path) -> TrainingState:
+    config, values = import_folder(path)
+    return TrainingState(config, values)
+
+
+def _read_weights(path: Path) -> TrainingState:
+    return TrainingState(_config_beside(path), TensorReader(path))
+
+
+def _config_of_dict(path: Path, values: dict) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(values)
+    except SpecificationError as error:
+        raise UserError(f"{path}: made by another version: {error}") from error
+
+
+def _config_beside(path: Path) -> ModelConfig:
+    """The model config of a weights file, which holds none: of the settings, or our extra file, in its folder."""
+    sidecar, settings = path.parent / SIDECAR, path.parent / "settings.toml"
+    if sidecar.is_file():
+        return _config_of_dict(sidecar, read_json(sidecar).get("model", {}))
+    if not settings.is_file():
+        raise UserError(f"{path}: {settings.name} or {sidecar.name} must lie beside it, for the model's sizes")
+    try:
+        # TOML has no null: a field that is left out is None.
+        return ModelConfig(**({"q_lora_rank": None} | tomllib.loads(settings.read_text(encoding="utf-8"))["model"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{settings}: cannot be read as settings ({error})") from error
+
+
+# What the training loop calls
+
+
+def load_checkpoint(backend: Backend, path: Path) -> dict:
+    """Load a whole training state into `backend`: its own checkpoint, the other framework's, a run folder's latest or
+    a neutral folder. Returns the `meta` that the loop stored.
+
+    Raises `UserError` if the source is weights alone, or of another model.
+    """
+    path = Path(path)
+    if any(path == own for _, own in backend.find(path.parent)):
+        return backend.restore(path)
+    source = locate(path)
+    if source.kind == backend.framework:
+        return backend.restore(source.path)
+    state = open_state(source)
+    if state.first_moment is None or not state.meta:
+        raise UserError(f"{path}: holds weights, not a training state to resume; use --init-from {path}")
+    require_config(state.model_config.to_dict(), backend.model_config, source.path)
+    backend.load_state(state)
+    return state.meta
+
+
+def read_start(path: Path, config: ModelConfig) -> TrainingState:
+    """The weights at a path, with their balance bias, for a run of `config` that starts at step 0.
+
+    Raises `UserError` naming the model field that differs. The balance settings may: they shape training alone.
+    """
+    state = open_state(locate(path))
+    stored = dataclasses.replace(
+        state.model_config, balance_loss_coef=config.balance_loss_coef, balance_bias_rate=config.balance_bias_rate
+    )
+    require_config(stored.to_dict(), config, Path(path))
+    return TrainingState(config, state.weights)
+
+
+def config_of(path: Path) -> ModelConfig:
+    """The model config of whatever lies at a path."""
+    return open_state(locate(path)).model_config

@@ -1,0 +1,169 @@
+"""A trained model out of whatever holds one, for generation and evaluation in either framework."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+import tyro
+from jaxtyping import Int32
+
+from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.interface import Sampling, TrainingState, UserError
+from torch_ref.spec.parameters import Parameter, parameter_table
+from train.command_line import first_sentence
+from train.data.tokenizer import TextTokenizer, load_tokenizer
+from train.state.source import Source, locate, open_state
+
+Framework = Literal["auto", "flax", "torch"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+class Generate(Protocol):
+    """`generate` of either framework, with its model."""
+
+    def __call__(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        on_token: Callable[[list[int | None]], None] | None = None,
+    ) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that is done with training, in the framework that runs it."""
+
+    config: ModelConfig
+    tokenizer: TextTokenizer
+    framework: str
+    device: str
+    """In words."""
+    generate: Generate
+    loss_sum: Callable[[Int32[np.ndarray, "rows seq"], Int32[np.ndarray, "rows seq"]], float]
+    """Sum of the next-token losses, in nats, of inputs and targets; targets `IGNORE` are not scored."""
+
+
+def open_trained(
+    path: Path,
+    framework: Framework = "auto",
+    step: int | None = None,
+    tokenizer: str | None = None,
+    dtype: DTypeName = "auto",
+    device: str = "auto",
+) -> TrainedModel:
+    """The model at a path: a run folder, a checkpoint, a `transformers` folder or anything else that `locate` finds.
+
+    Args:
+        framework: `auto` is the one that wrote it, or else the one that is installed (torch before Flax).
+        step: which checkpoint of a run folder; None takes the latest.
+        tokenizer: a folder or a name on the Hub; None takes the one beside the model.
+        dtype: that of the products, and of the weights in memory; `auto` is bfloat16 on GPUs that have it.
+
+    Raises `UserError` if there is nothing to read, or the framework is not installed.
+    """
+    source = locate(path, step)
+    framework = choose_framework(source, framework)
+    state = open_state(source)
+    text = load_tokenizer(tokenizer or _tokenizer_beside(source))
+    text.require_fit(state.model_config.vocab_size)
+    open_in = {"torch": _open_in_torch, "flax": _open_in_flax}[framework]
+    return TrainedModel(state.model_config, text, framework, *open_in(state, dtype, device))
+
+
+Flags = TypeVar("Flags")
+
+
+def parse_flags(options: type[Flags], prog: str, argv: Sequence[str] | None) -> Flags:
+    """A dataclass from the command line. Raises `UserError`; `--help` exits."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"{first_sentence(said.getvalue())}; --help lists the options") from None
+        raise
+
+
+def choose_framework(source: Source, asked: Framework) -> str:
+    """The framework to run a model in."""
+    packages = {"torch": "torch", "flax": "flax"}
+    installed = [name for name, package in packages.items() if find_spec(package)]
+    if asked == "auto":
+        wrote = {"torch": "torch", "flax": "flax", "weights": "flax"}.get(source.kind)
+        if wrote in installed:
+            return wrote
+        if not installed:
+            raise UserError("--framework: neither torch nor Flax is installed; pip install -e '.[torch]' or '.[jax]'")
+        return installed[0]
+    if asked not in installed:
+        extra = {"torch": "torch", "flax": "jax"}[asked]
+        raise UserError(f"--framework {asked}: is not installed: pip install -e '.[{extra}]'")
+    return asked
+
+
+def _tokenizer_beside(source: Source) -> str:
+    folder = source.run
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--tokenizer: {source.path} has no tokenizer.json beside it; name a folder that has one")
+    return str(folder)
+
+
+def _values(state: TrainingState) -> Iterator[tuple[Parameter, np.ndarray]]:
+    return ((row, state.weights[row.name]) for row in parameter_table(state.model_config))
+
+
+def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
+    import torch
+
+    from torch_ref.device import default_dtype, describe, resolve_compute, resolve_device
+    from torch_ref.generate import cast_weights, generate
+    from torch_ref.model import Model, objective
+
+    place = resolve_device(device)
+    compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
+    model = Model(state.model_config, place, getattr(torch, compute.param_dtype)).load_values(_values(state))
+    cast_weights(model, compute)
+
+    @torch.no_grad()
+    def loss_sum(inputs, targets) -> float:
+        inputs, targets = (torch.from_numpy(array).to(place) for array in (inputs, targets))
+        return float(objective(model, inputs, targets, compute, 1, 1)[1].loss_sum)
+
+    def generate_tokens(prompts, sampling, seed, on_token=None):
+        return generate(model, prompts, sampling, seed, compute, on_token)
+
+    return describe(place), generate_tokens, loss_sum
+
+
+def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
+    import jax
+
+    from flax_model.device import default_dtype, describe, resolve_compute, resolve_device
+    from flax_model.generate import cast_weights, generate
+    from flax_model.model import from_values, merge, objective
+
+    place = resolve_device(device)
+    compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
+    jax.config.update("jax_default_device", place)
+    if compute.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    graphdef, params, biases = from_values(state.model_config, _values(state), np.dtype(compute.param_dtype))
+    params = cast_weights(params, compute)
+
+    @jax.jit
+    def loss(params, biases, inputs, targets):
+        return objective(merge(graphdef, params, biases), inputs, targets, compute, 1, 1)[1].loss_sum
+
+    def generate_tokens(prompts, sampling, seed, on_token=None):
+        return generate(merge(graphdef, params, biases), prompts, sampling, seed, compute, on_token)
+
+    return describe(place), generate_tokens, lambda *rows: float(loss(params, biases, *rows))

@@ -1,0 +1,103 @@
+"""Turn SmolLM2-135M (or another Llama of a preset's shape) into this model, in minutes on a CPU:
+
+    python -m train.warm_start --from SmolLM2-135M.gguf --out warm
+    python -m torch_ref.train --preset smol-774m-warm --init-from warm        or train.flax_main
+
+Four stages (`stages.py`): each attention layer converted in closed form (`attention.py`), then fitted to the
+old layer's output (`fit.py`); the dense model distilled as a whole; MLPs copied into experts (`experts.py`).
+The folder that comes out loads in `transformers`; it also holds a table of losses and errors, and their plot.
+
+An interrupted conversion goes on where it was: layers that are done lie in the folder `<out>.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from torch_ref.spec.config import PRESETS, ModelConfig
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import write_json
+from train.command_line import first_sentence
+from train.data.packing import Data, open_data
+from train.data.tokenizer import load_tokenizer
+from train.warm_start.options import WarmStartOptions, check_options
+from train.warm_start.report import draw, print_tables
+from train.warm_start.stages import Stages, data_options
+from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read_teacher
+from train.warm_start.work import Work
+
+REPORT = "warm_start.json"
+PLOT = "warm_start.png"
+
+
+def warm_start(options: WarmStartOptions, config: ModelConfig, console: Console) -> dict:
+    """Make `options.out` and return the report that is stored in it as `warm_start.json`.
+
+    Raises:
+        UserError: the old model or its tokenizer does not fit, text is missing, or an option is out of range.
+    """
+    check_options(options, config)
+    old_config, weights, own_tokenizer = read_teacher(options.source)
+    check_shape(options.source, old_config, config)
+    teacher = Teacher(old_config, weights)
+    tokenizer = own_tokenizer
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+        check_tokenizer(own_tokenizer, tokenizer)
+    work = Work(options.out.with_name(options.out.name + ".partial"))
+    tokenizer.save(work.folder / "tokenizer")
+    data = open_data(data_options(options, config, work), work.folder / "data", resume=work.begun)
+    work.claim(_identity(options, config, teacher, data))
+
+    report = Stages(options, config, teacher, tokenizer, data, work, console).run()
+    print_tables(report, console)
+    draw(report, options.out / PLOT)
+    write_json(options.out / REPORT, report)
+    work.remove()
+    return report
+
+
+def _identity(options: WarmStartOptions, config: ModelConfig, teacher: Teacher, data: Data) -> dict:
+    """What the layers in a partial folder depend on."""
+    shaping = "seq_len fit_rows fit_steps fit_batch fit_learning_rate seed".split()
+    return {
+        "model": config.to_dict(),
+        "weights": teacher.fingerprint(),
+        "data": {key: value for key, value in data.identity.items() if key != "versions"},
+        "options": {name: getattr(options, name) for name in shaping},
+    }
+
+
+def parse(argv: Sequence[str] | None) -> WarmStartOptions:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(WarmStartOptions, prog="python -m train.warm_start", args=argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(first_sentence(said.getvalue())) from None
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    console = Console(stderr=True)
+    try:
+        options = parse(argv)
+        if options.preset not in PRESETS:
+            raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
+        warm_start(options, PRESETS[options.preset], console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: start training with --preset {options.preset} --init-from {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Settings of a warm start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.interface import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartOptions:
+    """Turn a Llama such as SmolLM2-135M into latent attention and experts."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """The old model: a GGUF file, a transformers folder, or a Hub name such as HuggingFaceTB/SmolLM2-135M."""
+    out: Path
+    """New folder for the model."""
+    preset: str = "smol-774m-warm"
+    """Sizes of the new model."""
+    tokenizer: str | None = None
+    """Folder or Hub name of the tokenizer; it must have the old model's entries. Default: the old model's own."""
+    dataset: str = "python-docs"
+    """Text to fit on and, the held-out part of it, to measure on: python-docs, files, or a Hub name."""
+    also_measure: tuple[str, ...] = ()
+    """Further texts to measure losses on; nothing is fitted to them."""
+    text_field: str = "text"
+    """Column or key of the datasets that holds the text."""
+    seq_len: int = 512
+    """Tokens of a row in the fits."""
+    fit_rows: int = 64
+    """Rows that the attention layers are fitted on."""
+    fit_steps: int = 60
+    """AdamW steps a layer; 0 keeps the closed form."""
+    fit_batch: int = 4
+    """Rows a step."""
+    fit_learning_rate: float = 0.002
+    """Peak."""
+    distill_steps: int = 80
+    """Steps of the whole dense model towards the old model's predictions; 0 leaves it as the layers were fitted."""
+    distill_batch: int = 2
+    """Rows a step; all rows are new."""
+    distill_learning_rate: float = 0.0002
+    """Peak, of attention and norms."""
+    distill_mlp_learning_rate: float = 0.0
+    """Peak, of MLPs; 0 leaves them as they are."""
+    distill_text_weight: float = 0.0
+    """Weight of the text's own next token against the old model's predictions: 0 imitates, 1 only learns the text."""
+    diversity: float = 0.0
+    """Share of each routed expert's units that are drawn anew; 0 keeps the dense model's function exactly."""
+    measure_tokens: int = 16384
+    """Of each text, at most."""
+    measure_lengths: tuple[int, ...] = (512, 2048)
+    """Row lengths at which losses are measured."""
+    validation_fraction: float = 0.1
+    """Of the dataset's documents, held out."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Of the distillation's forward and backward passes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the tensors written."""
+    seed: int = 0
+    """Of row order, router and diversity."""
+
+
+def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
+    """Raises `UserError` naming an option that is out of range or does not fit the new model."""
+    for name in ("fit_rows", "fit_batch", "distill_batch", "measure_tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    for name in ("fit_steps", "distill_steps", "distill_mlp_learning_rate"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
+    for name in ("diversity", "distill_text_weight"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: is a share, from 0 to 1")
+    for name, lengths in (("--seq-len", (options.seq_len,)), ("--measure-lengths", options.measure_lengths)):
+        for length in lengths:
+            if not 2 <= length <= config.max_position:
+                raise UserError(f"{name} {length}: must be from 2 to the model's max_position = {config.max_position}")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise UserError(f"--out {options.out}: exists already; name a new folder")
