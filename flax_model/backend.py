@@ -32,11 +32,12 @@ from flax_model.device import describe, resolve_compute, resolve_device
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated, tree_bytes
+from torch_ref.spec.checkpoint import leaf_at, make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
-from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
 from torch_ref.spec.parameters import flax_path, initial_values, parameter_table
-from torch_ref.spec.training_state import FORMAT, LazyArrays, json_copy, require_config, require_state, split_batch
+from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 State = dict[str, Any]
 """What a step changes and a checkpoint holds: `params`, `biases`, `first_moment`, `second_moment` (nested dicts with
@@ -171,17 +172,14 @@ class FlaxBackend:
         return generate(model, [prompt], sampling, seed, self.compute)[0]
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
-        contents = {
-            "format": FORMAT,
-            "framework": self.framework,
-            "model_config": self.model_config.to_dict(),
-            "step": self.steps_done,
-            "updates": int(self._state["updates"]),
-            "meta": json_copy(meta),
-        }
+        updates = int(self._state["updates"])
+        contents = make_contents(self.framework, self.model_config, self.steps_done, updates, meta)
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
         self._checkpoints.save(path, self._state, contents)
         return path
+
+    def check_saves(self) -> None:
+        self._checkpoints.check_saves()
 
     def wait(self) -> None:
         self._checkpoints.wait()
@@ -191,16 +189,12 @@ class FlaxBackend:
 
     def restore(self, path: Path) -> dict:
         path = Path(path)
-        stored = self._checkpoints.read_meta(path)
-        if stored.get("framework") != self.framework:
-            raise UserError(f"{path}: not a training checkpoint of the Flax trainer")
-        if stored.get("format") != FORMAT:
-            raise UserError(f"{path}: checkpoint format {stored.get('format')}, this version reads {FORMAT}")
+        stored = self._checkpoints.read_contents(path)
         require_config(stored["model_config"], self.model_config, path)
-        self._checkpoints.check(path, self._abstract)
+        self._checkpoints.check(path, stored, self._abstract)
         self._compile_ahead()
         self._state = None  # its memory is needed for the state that comes
-        self._state = place(self._checkpoints.restore(path, self._abstract), self._abstract)
+        self._state = place(self._checkpoints.restore(path, stored, self._abstract), self._abstract)
         return stored["meta"]
 
     def delete(self, path: Path) -> None:
@@ -238,9 +232,7 @@ class FlaxBackend:
         """One row of the table from the first of `trees` that holds it, copied to the host."""
         path, index = flax_path(self.model_config, name)
         for tree in trees:
-            leaf = self._state[tree]
-            for key in path:
-                leaf = leaf.get(key) if isinstance(leaf, dict) else None
+            leaf = leaf_at(self._state[tree], path)
             if leaf is not None:
                 return np.array(leaf if index is None else _take(leaf, index))
         raise KeyError(name)

@@ -4,26 +4,43 @@ orbax's `AsyncCheckpointer` is used without its `CheckpointManager`. The manager
 by its step alone, and leaves out, without a word, a save whose step is not later than the latest one. Here the loop
 names checkpoints (`step_1000`, `step_final_10100`, the best one elsewhere) and decides what is kept, and saving an
 earlier step again must work. What makes saving safe is the checkpointer's: the data goes to a temporary folder, which
-is renamed when whole.
+is renamed when whole. orbax does not check what it reads back: checksums of every array lie in `meta`, with one of
+`meta` itself, and are verified before anything is used.
+
+Twin of `torch_ref/checkpoint.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_model.sharding import tree_bytes
+from torch_ref.spec.checkpoint import (
+    DamagedCheckpoint,
+    in_step_order,
+    named_leaves,
+    require_arrays,
+    require_contents,
+    require_seal,
+    seal,
+    shapes,
+)
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
-from torch_ref.spec.training_state import in_step_order, make_folder, require_tensors
+from torch_ref.spec.storage import make_folder, write_errors
+from torch_ref.spec.training_state import require_tensors
+
+# orbax logs a traceback from each thread that an error passes on its way to us.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 TEMPORARY = re.compile(r".+\.orbax-checkpoint-tmp.*")
 """Names of folders that orbax is writing, or was when the process ended."""
@@ -36,7 +53,8 @@ class Checkpoints:
     """Writes, finds and reads checkpoints. At most one save is under way at a time."""
 
     def __init__(self) -> None:
-        self._latest: Path | None = None
+        self._under_way: tuple[Path, int | None] = (Path(), None)
+        """What is being written, and its bytes."""
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # zarr3 without compression: weights do not compress, and zstd is seven times slower than the disk.
@@ -47,75 +65,83 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
-    def save(self, path: Path, state: Any, meta: dict) -> None:
-        """Write a tree of arrays and a JSON object; a checkpoint of that name is replaced. The arrays may be donated
-        to a computation as soon as this returns. Raises `UserError` naming a folder that cannot be written to; errors
-        of the writing itself are raised by the next call or `wait`."""
+    def save(self, path: Path, state: dict, contents: dict) -> None:
+        """Write nested dicts of arrays and a JSON object; a checkpoint of that name is replaced. The arrays may be
+        donated to a computation as soon as this returns. Raises `UserError` naming a folder that cannot be written to;
+        errors of the writing itself are raised by `check_saves` and `wait`."""
         self.wait()
-        path = self._latest = Path(path).absolute()
+        path = Path(path).absolute()
+        self._under_way = path, tree_bytes(state)
         make_folder(path.parent)
         for leftover in path.parent.glob("*"):
             if TEMPORARY.fullmatch(leftover.name):
                 shutil.rmtree(leftover)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-        with self._write_errors():
+        sealed = seal(contents, _host_arrays(state))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(sealed))
+        with write_errors(*self._under_way):
             self._checkpointer.save(path, args=items, force=True)
         available = host_memory_available()
         if available is not None and available < BACKGROUND_MEMORY * tree_bytes(state):
             self.wait()
 
+    def check_saves(self) -> None:
+        """Raise what went wrong in the background so far, as `UserError`; does not wait for it to end."""
+        with write_errors(*self._under_way):
+            self._checkpointer.check_for_errors()
+
     def wait(self) -> None:
         """Block until the save under way has landed. Raises `UserError` naming it if it could not be written."""
-        with self._write_errors():
+        with write_errors(*self._under_way):
             self._checkpointer.wait_until_finished()
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self._latest}: could not be written: {error}") from error
-
     def find(self, folder: Path) -> list[tuple[int, Path]]:
-        """Whole checkpoints in a folder with their steps, oldest first."""
-        folders = [path for path in Path(folder).glob("*") if (path / "state").is_dir() and (path / "meta").is_dir()]
-        return in_step_order((path.name, path) for path in folders)
+        """Checkpoints in a folder with their steps, oldest first, whole or not."""
+        return in_step_order((path.name, path) for path in Path(folder).glob("*") if path.is_dir())
 
-    def read_meta(self, path: Path) -> dict:
-        """A checkpoint's JSON item. Raises `UserError` naming a folder that is not a whole checkpoint."""
+    def read_contents(self, path: Path) -> dict:
+        """A checkpoint's JSON object. Raises `UserError` naming a folder that is absent, something else, or damaged."""
         self.wait()
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such checkpoint")
-        with _named_errors(path):
+        with _read_errors(path):
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return self._checkpointer.restore(Path(path).absolute(), args=items)["meta"]
+            contents = self._checkpointer.restore(Path(path).absolute(), args=items)["meta"]
+        require_seal(contents, path)
+        require_contents(contents, "flax", path)
+        return contents
 
-    def check(self, path: Path, abstract: Any) -> None:
+    def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first array that is missing, unknown, or of another shape or dtype than in
-        `abstract`, a tree of `jax.ShapeDtypeStruct`."""
-        with _named_errors(path):
-            stored = self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
-        require_tensors(_shapes(stored), _shapes(abstract), path)
+        `expected`, nested dicts of `jax.ShapeDtypeStruct`."""
+        require_tensors(shapes(self._stored(path)), shapes(expected), path)
 
-    def restore(self, path: Path, abstract: Any) -> Any:
-        """The arrays of a checkpoint, placed as `abstract` says; call `check` first. Raises `UserError` where what was
-        read is not what the checkpoint promised."""
-        with _named_errors(path):
-            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args))
+    def restore(self, path: Path, contents: dict, expected: dict) -> dict:
+        """The arrays of a checkpoint, placed as `expected` says; call `check` first. Raises `UserError` where what was
+        read is not what was written."""
+        with _read_errors(path):
+            restore_args = ocp.checkpoint_utils.construct_restore_args(expected)
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=expected, restore_args=restore_args))
             state = self._checkpointer.restore(Path(path).absolute(), args=items)["state"]
-        require_tensors(_shapes(state), _shapes(abstract), path)
+        require_tensors(shapes(state), shapes(expected), path)
+        require_arrays(contents, _host_arrays(state), path)
         return state
 
-    def read_parts(self, path: Path, *names: str) -> dict:
+    def read_parts(self, path: Path, contents: dict, *names: str) -> dict:
         """Some of a state's trees (`params`, ...) in NumPy arrays of the stored types, for conversion: it needs neither
-        the device nor the memory of the whole state."""
-        with _named_errors(path):
-            stored = self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
+        the device nor the memory of the whole state. Raises `UserError` as `restore` does."""
+        stored = self._stored(path)
+        with _read_errors(path):
             wanted = {name: stored[name] for name in names}
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             part = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-            return self._checkpointer.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
+            parts = self._checkpointer.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
+        require_arrays(contents, named_leaves(parts), path)
+        return parts
+
+    def _stored(self, path: Path) -> dict:
+        """What a checkpoint says it holds: nested dicts of shapes and dtypes."""
+        with _read_errors(path):
+            return self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
 
     def delete(self, path: Path) -> None:
         self.wait()
@@ -126,17 +152,17 @@ class Checkpoints:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
     """Turns whatever orbax raises on a damaged folder into one `UserError` that names it."""
     try:
         yield
+    except UserError:
+        raise
+    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
     except Exception as error:
-        raise UserError(f"{path}: not a whole checkpoint; delete it to go on from an earlier one") from error
+        raise DamagedCheckpoint(path, error) from error
 
 
-def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in leaves
-    }
+def _host_arrays(state: dict) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, np.asarray(leaf)) for name, leaf in named_leaves(state))

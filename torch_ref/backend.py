@@ -11,8 +11,6 @@ Twin of `flax_model/backend.py`.
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,24 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.device import describe, fused_adamw, resolve_compute, resolve_device
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
+from torch_ref.spec.checkpoint import make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
-from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory, return_freed_blocks
 from torch_ref.spec.parameters import initial_values, parameter_table
-from torch_ref.spec.training_state import (
-    FORMAT,
-    LazyArrays,
-    in_step_order,
-    json_copy,
-    make_folder,
-    require_config,
-    require_state,
-    require_tensors,
-    split_batch,
-)
+from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 
 class TorchBackend:
@@ -49,7 +39,7 @@ class TorchBackend:
     """
 
     framework = "torch"
-    checkpoint_suffix = ".pt"
+    checkpoint_suffix = SUFFIX
 
     def __init__(
         self, model_config: ModelConfig, compute: ComputeConfig, optimizer: OptimizerConfig, device: str = "auto"
@@ -66,6 +56,7 @@ class TorchBackend:
         self._trainable = {row.name: self._tensors[row.name] for row in self._table if row.trainable}
         self._optimizer = self._make_optimizer()
         self._steps = 0
+        self._checkpoints = Checkpoints()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         config, rows = self.optimizer_config, [row for row in self._table if row.trainable]
@@ -174,40 +165,34 @@ class TorchBackend:
 
         return generate(self.model, [prompt], sampling, seed, self.compute)[0]
 
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        """What a step changes and a checkpoint holds, beside the counters."""
+        weights = {name: tensor.detach() for name, tensor in self._tensors.items()}
+        moments = {"first_moment": self._moment("exp_avg"), "second_moment": self._moment("exp_avg_sq")}
+        return {"weights": weights, **moments}
+
     def save(self, folder: Path, name: str, meta: dict) -> Path:
-        contents = {
-            "format": FORMAT,
-            "framework": self.framework,
-            "model_config": self.model_config.to_dict(),
-            "step": self._steps,
-            "updates": self._updates,
-            "weights": {name: tensor.detach() for name, tensor in self._tensors.items()},
-            "first_moment": self._moment("exp_avg"),
-            "second_moment": self._moment("exp_avg_sq"),
-            "meta": json_copy(meta),
-        }
+        contents = make_contents(self.framework, self.model_config, self._steps, self._updates, meta)
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
-        write_whole(path, contents)
+        self._checkpoints.save(path, self._groups(), contents)
         return path
 
+    def check_saves(self) -> None:
+        self._checkpoints.check_saves()
+
     def wait(self) -> None:
-        """Nothing: `save` returns when the file is on disk."""
+        self._checkpoints.wait()
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
-        files = Path(folder).glob(f"*{self.checkpoint_suffix}")
-        return in_step_order((path.stem, path) for path in files if zipfile.is_zipfile(path))
+        return self._checkpoints.find(folder)
 
     def restore(self, path: Path) -> dict:
         path = Path(path)
-        stored = read_checked(path)
+        stored = self._checkpoints.read_contents(path)
         require_config(stored["model_config"], self.model_config, path)
-        for group, own in (
-            ("weights", self._tensors),
-            ("first_moment", self._moment("exp_avg")),
-            ("second_moment", self._moment("exp_avg_sq")),
-        ):
-            require_tensors(_shapes(stored[group]), _shapes(own), path)
-        self._load(stored["weights"], stored["first_moment"], stored["second_moment"])
+        self._checkpoints.check(path, stored, self._groups())
+        state = self._checkpoints.restore(path, stored, self._groups())
+        self._load(state["weights"], state["first_moment"], state["second_moment"])
         self._set_counters(stored["step"], stored["updates"])
         return stored["meta"]
 
@@ -218,10 +203,10 @@ class TorchBackend:
         self._set_moments(first, second)
 
     def delete(self, path: Path) -> None:
-        Path(path).unlink()
+        self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
-        groups = self._tensors, self._moment("exp_avg"), self._moment("exp_avg_sq")
+        groups = self._groups().values()
         require_host_memory(sum(tensor.nbytes for group in groups for tensor in group.values()), "a copy of the state")
         host = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()} for group in groups]
         return host, self._steps, self._updates
@@ -238,7 +223,7 @@ class TorchBackend:
         """Arrays are read when asked for: a state is good until the next step."""
         return TrainingState(
             self.model_config,
-            *(_arrays(group) for group in (self._tensors, self._moment("exp_avg"), self._moment("exp_avg_sq"))),
+            *(_arrays(group) for group in self._groups().values()),
             step=self._steps,
             updates=self._updates,
         )
@@ -250,7 +235,7 @@ class TorchBackend:
         self._set_counters(state.step if has_moments else 0, state.updates if has_moments else 0)
 
     def close(self) -> None:
-        self.wait()
+        self._checkpoints.close()
 
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -259,51 +244,5 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
-
-
 def _arrays(tensors: Mapping[str, Tensor]) -> LazyArrays:
     return LazyArrays(tensors, lambda name: tensors[name].detach().to("cpu", copy=True).numpy())
-
-
-def write_whole(path: Path, contents: dict) -> None:
-    """`torch.save` to a temporary name, then a rename: a crash leaves either the whole file or none of that name.
-    Raises `UserError` naming a file that cannot be written."""
-    make_folder(path.parent)
-    for leftover in path.parent.glob("*.pt.partial"):
-        leftover.unlink()
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written: {error}") from error
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def read_checked(path: Path) -> dict:
-    """A checkpoint's contents, its tensors mapped from the file rather than read. Checksums are verified first, since
-    torch does not. Raises `UserError` naming a file that is absent, damaged or something else."""
-    damaged = f"{path}: not a whole checkpoint; delete it to go on from an earlier one"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise UserError(damaged)
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(damaged) from error
-    if not isinstance(stored, dict) or stored.get("framework") != TorchBackend.framework:
-        raise UserError(f"{path}: not a training checkpoint of the torch trainer")
-    if stored.get("format") != FORMAT:
-        raise UserError(f"{path}: checkpoint format {stored.get('format')}, this version reads {FORMAT}")
-    return stored

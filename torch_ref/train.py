@@ -40,11 +40,11 @@ def write_weights(run_dir: Path, backend: Backend) -> Path:
     """The final weights as a state dict: `Model.load_state_dict` takes it."""
     import torch
 
-    from torch_ref.backend import write_whole
+    from torch_ref.checkpoint import write_tensors
 
     weights = {name: torch.from_numpy(array) for name, array in backend.state().weights.items()}
     path = run_dir / f"{FINAL_WEIGHTS}.pt"
-    write_whole(path, weights)
+    write_tensors(path, weights)
     return path
 
 

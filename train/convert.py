@@ -96,11 +96,11 @@ def _write_weights(target: Path, state: TrainingState, run: Path | None, framewo
             with _needs("torch"):
                 import torch
 
-                from torch_ref.backend import write_whole
+                from torch_ref.checkpoint import write_tensors as write_torch
 
             cast = getattr(torch, dtype or stored_dtype(state))
             tensors = {row.name: torch.from_numpy(state.weights[row.name]).to(cast) for row in rows}
-            write_whole(folder / f"{FINAL_WEIGHTS}.pt", tensors)
+            write_torch(folder / f"{FINAL_WEIGHTS}.pt", tensors)
         else:
             write_tensors(folder / f"{FINAL_WEIGHTS}.safetensors", rows, state.weights, dtype)
         write_json(folder / SIDECAR, {"model": state.model_config.to_dict()})

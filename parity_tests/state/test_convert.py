@@ -305,7 +305,7 @@ REFUSALS = {
     "target in use": "exists already; name a new folder",
     "target below a file": "state.json",
     "half precision": "--dtype bfloat16",
-    "pickle": "damaged, or not a file of torch tensors",
+    "pickle": "not a whole checkpoint (cut short, or not a file of torch tensors)",
 }
 
 

@@ -125,6 +125,9 @@ class FakeBackend:
         self.saves.append(path)
         return path
 
+    def check_saves(self) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 

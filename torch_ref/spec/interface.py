@@ -115,17 +115,21 @@ class Backend(Protocol):
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         """Write checkpoint `folder/name<suffix>`: weights, moments, balance bias, step counters and `meta` (JSON).
-        May go on writing in the background; it is complete, and seen by `find`, only when whole. Returns its path."""
+        May go on writing in the background; `find` sees it only when whole. Returns its path."""
+
+    def check_saves(self) -> None:
+        """Raises what went wrong in the background so far; does not wait for it to end."""
 
     def wait(self) -> None:
         """Block until every save has landed; raises what went wrong in the background."""
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
-        """Complete checkpoints in a folder with their steps, oldest first."""
+        """Checkpoints in a folder with their steps, oldest first: whole ones, and what is left of damaged ones."""
 
     def restore(self, path: Path) -> dict:
         """Load a checkpoint whole and return its `meta`. Raises `UserError` naming what differs when the stored
-        tree, shapes, dtypes or model config are not this backend's."""
+        tree, shapes, dtypes or model config are not this backend's; `DamagedCheckpoint` when it is not what was
+        written."""
 
     def delete(self, path: Path) -> None:
         """Remove a checkpoint."""

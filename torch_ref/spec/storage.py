@@ -1,5 +1,5 @@
-"""Tensors on disk without a framework: `safetensors` files written and read one tensor at a time, and folders that
-appear only when whole.
+"""Files and folders that appear only when whole, and tensors on disk without a framework: `safetensors` files written
+and read one tensor at a time.
 
 The `safetensors` library serialises tensors that are all in memory; a training state is three times the model, so
 here a file's header is laid out from names, shapes and types that are known beforehand, and every tensor goes
@@ -9,15 +9,18 @@ dtype, shape, offsets into the data), the data.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -198,4 +201,101 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+
+@contextmanager
+def whole_file(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
+    """A file that gets its name when the block ends well, with all its bytes on the disk: a crash leaves what was there
+    before or the new file. Raises `UserError` naming a file that cannot be written (`needed`: its bytes, if known)."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _write_error(path, error, needed) from error
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file by `whole_file`, in a folder that is made if it is not there."""
+    make_folder(Path(path).parent)
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename reaches the disk with its folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Raises `UserError` where a folder of a run cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --run-dir") from error
+
+
+@contextmanager
+def write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turns what a library that writes says of a file that it cannot write into one `UserError` with the mend. `needed`
+    are the bytes that were to be written, if they are known."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _write_error(path, error, needed) from error
+
+
+def _write_error(path: Path, error: BaseException, needed: int | None) -> UserError:
+    number, free = _errno(error), _free_space(path)
+    short = number is None and needed is not None and free is not None and free < needed
+    if short or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        limit = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "larger than files may be here"}
+        amount = f", {megabytes(needed)} needed" if needed else ""
+        amount += "" if free is None else f", {megabytes(free)} free"
+        return UserError(f"{path}: {limit.get(number, 'no space left')}{amount}; make room and start again")
+    if number == errno.ENOENT and not Path(path).parent.is_dir():
+        return UserError(f"{path}: its folder is gone; was it moved or removed meanwhile?")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"{path}: could not be written: {os.strerror(number) if number else lines[0][:200]}")
+
+
+def megabytes(size: int) -> str:
+    """Bytes, rounded up."""
+    return f"{math.ceil(size / 1e6):,} MB"
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The system's number of an error, or of the one behind it. tensorstore has it in its text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free_space(path: Path) -> int | None:
+    """Bytes free on the disk of a path that need not be there; None where that cannot be told."""
+    for folder in Path(path).absolute().parents:
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None

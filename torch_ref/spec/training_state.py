@@ -1,11 +1,9 @@
 """What both backends share about batches and training states: splitting into micro-batches, arrays that are read only
-when asked for, checkpoint names, and the checks made before a stored state is trusted. NumPy only.
+when asked for, and the checks made before a stored state is trusted. NumPy only.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ import numpy as np
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from torch_ref.spec.parameters import parameter_table
-
-FORMAT = 1
-"""Version of what a checkpoint holds, in both frameworks."""
 
 
 def split_batch(
@@ -57,31 +52,6 @@ class LazyArrays(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def json_copy(meta: dict) -> dict:
-    """`meta` as it will read after a trip through JSON. Raises TypeError if it cannot be written as JSON."""
-    return json.loads(json.dumps(meta))
-
-
-def make_folder(folder: Path) -> None:
-    """Raises `UserError` where a folder for checkpoints cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --run-dir") from error
-
-
-def checkpoint_step(name: str) -> int | None:
-    """The step in a checkpoint's name: 1000 for `step_1000`, 10100 for `step_final_10100`; None for other names."""
-    match = re.fullmatch(r"(?:\w+_)?(\d+)", name)
-    return int(match[1]) if match else None
-
-
-def in_step_order(paths: Iterable[tuple[str, Path]]) -> list[tuple[int, Path]]:
-    """(name, path) pairs whose name has a step, oldest first; of one step, `step_final_N` after `step_N`."""
-    found = [(step, path) for name, path in paths if (step := checkpoint_step(name)) is not None]
-    return sorted(found, key=lambda item: (item[0], item[1].name))
 
 
 def require_config(stored: dict, config: ModelConfig, where: Path | str) -> None:

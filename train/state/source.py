@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pickle
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_ref.spec.checkpoint import checkpoint_framework, in_step_order, leaf_at, require_contents
 from torch_ref.spec.config import ModelConfig, SpecificationError
 from torch_ref.spec.huggingface import SIDECAR, import_folder
 from torch_ref.spec.interface import Backend, TrainingState, UserError
 from torch_ref.spec.parameters import flax_path, parameter_table
 from torch_ref.spec.storage import TensorReader, read_json
-from torch_ref.spec.training_state import FORMAT, LazyArrays, in_step_order, require_config
-from train.state.neutral import RUN, is_state, read_state
+from torch_ref.spec.training_state import LazyArrays, require_config
+from train.state.neutral import RUN, TENSORS, is_state, read_state
 
 KINDS = "a run folder, a checkpoint, a neutral folder, a transformers folder or a file of final weights"
 
@@ -53,14 +53,14 @@ def locate(path: Path, step: int | None = None) -> Source:
             raise UserError(f"--step {step}: {path} is not a run folder with several checkpoints")
         return source
     for folder in (path / "checkpoints", path):
-        found = in_step_order((item.stem, item) for item in folder.glob("*") if _checkpoint_kind(item))
+        found = in_step_order((item.stem, item) for item in folder.glob("*") if checkpoint_framework(item))
         if step is not None and found:
             found = [(number, item) for number, item in found if number == step]
             if not found:
                 raise UserError(f"--step {step}: there is no such checkpoint in {folder}")
         if found:
             checkpoint = found[-1][1]
-            return Source(_checkpoint_kind(checkpoint), checkpoint, _run_of(checkpoint))
+            return Source(checkpoint_framework(checkpoint), checkpoint, _run_of(checkpoint))
     weights = [item for item in path.glob("*") if item.suffix in (".pt", ".safetensors")]
     if step is None and len(weights) == 1:
         return _locate_one(weights[0])
@@ -69,7 +69,7 @@ def locate(path: Path, step: int | None = None) -> Source:
 
 def _locate_one(path: Path) -> Source | None:
     """The source if the path itself is one, rather than a folder of several."""
-    kind = _checkpoint_kind(path)
+    kind = checkpoint_framework(path)
     if kind:
         return Source(kind, path, _run_of(path))
     if path.is_file():
@@ -80,15 +80,6 @@ def _locate_one(path: Path) -> Source | None:
         return Source("neutral", path, path / RUN)
     if (path / "config.json").is_file():
         return Source("transformers", path, path)
-    return None
-
-
-def _checkpoint_kind(path: Path) -> str | None:
-    """`torch` or `flax` if the path looks like a checkpoint or a weights file of that framework."""
-    if path.suffix == ".pt" and path.is_file():
-        return "torch"
-    if (path / "state").is_dir() and (path / "meta").is_dir():
-        return "flax"
     return None
 
 
@@ -121,18 +112,15 @@ def _read_torch(path: Path) -> TrainingState:
         import torch
     except ImportError:
         raise UserError(f"{path}: needs torch to read; convert it to neutral form where torch is installed") from None
-    from torch_ref.backend import read_checked
+    from torch_ref.checkpoint import load
 
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged, or not a file of torch tensors") from error
-    if all(isinstance(value, torch.Tensor) for value in stored.values()):
+    stored = load(path)
+    if isinstance(stored, dict) and all(isinstance(value, torch.Tensor) for value in stored.values()):
         return TrainingState(_config_beside(path), _torch_arrays(stored))
-    stored = read_checked(path)
+    require_contents(stored, "torch", path)
     return TrainingState(
         _config_of_dict(path, stored["model_config"]),
-        *(_torch_arrays(stored[name]) for name in ("weights", "first_moment", "second_moment")),
+        *(_torch_arrays(stored[name]) for name in TENSORS),
         step=stored["step"],
         updates=stored["updates"],
         meta=stored["meta"],
@@ -151,22 +139,18 @@ def _read_flax(path: Path) -> TrainingState:
         raise UserError(f"{path}: needs JAX to read; convert it to neutral form where JAX is installed") from None
 
     checkpoints = Checkpoints()
-    contents = checkpoints.read_meta(path)
-    if contents.get("framework") != "flax" or contents.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of the Flax trainer in format {FORMAT}")
+    contents = checkpoints.read_contents(path)
     config = _config_of_dict(path, contents["model_config"])
     rows = parameter_table(config)
 
     @functools.lru_cache(maxsize=1)
     def trees(*names: str) -> list[dict]:
-        return list(checkpoints.read_parts(path, *names).values())
+        return list(checkpoints.read_parts(path, contents, *names).values())
 
     def fetch(names: tuple[str, ...], name: str) -> np.ndarray:
         keys, layer = flax_path(config, name)
         for tree in trees(*names):
-            leaf = tree
-            for key in keys:
-                leaf = leaf.get(key) if isinstance(leaf, dict) else None
+            leaf = leaf_at(tree, keys)
             if leaf is not None:
                 return np.array(leaf if layer is None else leaf[layer])
         raise UserError(f"{path}: {name} is missing")

@@ -1,0 +1,111 @@
+"""Checkpoints of the torch trainer: one `.pt` file, which appears only when whole and is read without unpickling code.
+
+Its zip format has a checksum for every tensor, and one for what lies beside them; both are verified before anything is
+used, since torch itself does not.
+
+Twin of `flax_model/checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_ref.spec.checkpoint import DamagedCheckpoint, in_step_order, named_leaves, require_contents, shapes
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import make_folder, whole_file, write_errors
+from torch_ref.spec.training_state import require_tensors
+
+SUFFIX = ".pt"
+
+
+class Checkpoints:
+    """Writes, finds and reads checkpoints."""
+
+    def save(self, path: Path, state: dict, contents: dict) -> None:
+        """Write nested dicts of tensors and a JSON object; a checkpoint of that name is replaced. Raises `UserError`
+        naming a file that cannot be written."""
+        make_folder(path.parent)
+        for leftover in path.parent.glob(f"*{SUFFIX}.partial"):
+            leftover.unlink()
+        write_tensors(path, contents | state)
+
+    def check_saves(self) -> None:
+        """Nothing: `save` returns when the file is on disk."""
+
+    def wait(self) -> None:
+        """Nothing, as `check_saves`."""
+
+    def find(self, folder: Path) -> list[tuple[int, Path]]:
+        """Checkpoints in a folder with their steps, oldest first, whole or not."""
+        return in_step_order((path.stem, path) for path in Path(folder).glob(f"*{SUFFIX}") if path.is_file())
+
+    def read_contents(self, path: Path) -> dict:
+        """A checkpoint's JSON object, and its tensors mapped from the file. Raises `UserError` naming a file that is
+        absent, something else, or damaged."""
+        contents = load(path)
+        require_contents(contents, "torch", path)
+        return contents
+
+    def check(self, path: Path, contents: dict, expected: dict) -> None:
+        """Raises `UserError` naming the first tensor that is missing, unknown, or of another shape or dtype than in
+        `expected`, nested dicts of tensors."""
+        require_tensors(shapes({name: contents.get(name, {}) for name in expected}), shapes(expected), path)
+
+    def restore(self, path: Path, contents: dict, expected: dict) -> dict:
+        """The tensors of a checkpoint, mapped from its file; call `check` first."""
+        return {name: contents[name] for name in expected}
+
+    def read_parts(self, path: Path, contents: dict, *names: str) -> dict:
+        """Some of a state's dicts of tensors (`weights`, ...), for conversion."""
+        return {name: contents[name] for name in names}
+
+    def delete(self, path: Path) -> None:
+        path.unlink()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def load(path: Path) -> Any:
+    """What a `.pt` file holds, its tensors mapped from the file and all of it checked. Raises `UserError` naming a file
+    that is absent, damaged, or holds other objects than tensors, numbers and texts: unpickling those could run code."""
+    with _read_errors(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise DamagedCheckpoint(path, f"{damaged} differs from its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turns whatever zipfile and torch raise on a damaged file into one `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a training checkpoint: it holds other objects than tensors, numbers and texts"
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise DamagedCheckpoint(path, "cut short, or not a file of torch tensors") from error
+    except Exception as error:
+        raise DamagedCheckpoint(path, error) from error
+
+
+def write_tensors(path: Path, contents: dict) -> None:
+    """`torch.save` to a file that gets its name when whole. Raises `UserError` naming a file that cannot be written."""
+    needed = sum(leaf.nbytes for _, leaf in named_leaves(contents) if isinstance(leaf, torch.Tensor))
+    with write_errors(path, needed), whole_file(path, needed) as file:
+        torch.save(contents, file)
