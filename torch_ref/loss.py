@@ -27,8 +27,9 @@ def cross_entropy_plain(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, embedding, targets, chunk):
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, hidden, embedding, targets, chunk, recording):
+        # `needs_input_grad` alone is true of parameters under `no_grad` too, where no backward pass will come.
+        needs_gradient = recording and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         weight = for_product(embedding.to(hidden.dtype))
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         if needs_gradient:
@@ -61,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, embedding_gradient = ctx.saved_tensors
         scaled = (wide(hidden_gradient) * upstream).to(hidden_gradient.dtype)
-        return scaled, embedding_gradient * upstream, None, None
+        return scaled, embedding_gradient * upstream, None, None, None
 
 
 def cross_entropy(
@@ -71,4 +72,4 @@ def cross_entropy(
     chunk: int = 512,
 ) -> Float[Tensor, ""]:
     """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time."""
-    return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk)
+    return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk, torch.is_grad_enabled())

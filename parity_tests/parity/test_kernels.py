@@ -212,6 +212,46 @@ def test_loss_against_a_hand_made_shifted_reference(framework):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_validation_takes_the_vocabulary_product_alone(framework):
+    """Three products with the embedding train it; where nothing is differentiated there is one a chunk."""
+    vocab, hidden = 50, np.ones((20, HIDDEN), np.float32)
+    embedding, targets = np.ones((vocab, HIDDEN), np.float32), integers(framework, np.arange(20))
+    loss = module(framework, "loss")
+
+    def products(differentiated: bool) -> int:
+        if framework == "torch":
+            return _torch_products(loss.cross_entropy, hidden, embedding, targets, differentiated)
+        import jax
+
+        def total(hidden, embedding):
+            return loss.cross_entropy(hidden, embedding, targets, 20)
+
+        function = jax.grad(total, (0, 1)) if differentiated else total
+        return str(jax.make_jaxpr(function)(hidden, embedding)).count("dot_general[")
+
+    assert products(differentiated=True) == 3
+    assert products(differentiated=False) == 1
+
+
+def _torch_products(cross_entropy, hidden, embedding, targets, differentiated: bool) -> int:
+    """Matrix products of a loss of parameters, as models hold them."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        products = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.products += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm")
+            return function(*args, **(kwargs or {}))
+
+    leaves = [torch.nn.Parameter(torch.from_numpy(array)) for array in (hidden, embedding)]
+    with torch.set_grad_enabled(differentiated), Counter() as counter:
+        cross_entropy(*leaves, targets, 20)
+    return counter.products
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_ties_go_to_the_lowest_index(framework):
     scores = np.array([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.7, 0.7], [0.2, 0.1, 0.2, 0.3]], np.float32)
     if framework == "torch":
