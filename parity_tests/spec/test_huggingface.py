@@ -156,6 +156,21 @@ def test_every_constant_lands_in_its_place(tmp_path, name):
     assert all(value.size == 0 for value in loaded.values()), f"not checked: {sorted(loaded)}"
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_engine_that_does_not_tie_finds_every_tensor(tmp_path, name):
+    """vLLM and mlx-lm have a head of their own, whatever config.json says: with the embedding's values, and one that
+    is not another view of it."""
+    torch = pytest.importorskip("torch")
+    config = VARIANTS[name]
+    export_folder(tmp_path / "out", config, values_with_bias(config))
+    settings = json.loads((tmp_path / "out/config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "out/config.json").write_text(json.dumps(settings))
+    model, info = load(tmp_path / "out")
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    assert head.data_ptr() != embedding.data_ptr() and torch.equal(head, embedding)
+
+
 def _check_layer(config, layer, loaded, constants):
     """The names of `transformers`, written out here a second time: the test must not use the mapping it tests."""
     ours = {name.removeprefix(f"layers.{layer}."): value for name, value in constants.items() if f"s.{layer}." in name}
@@ -311,11 +326,35 @@ def test_tokenizer_travels_with_its_end_of_text(tmp_path):
     export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), tokenizer=TOKENIZER, end_of_text=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id) == ("<|endoftext|>", 0, 0)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     text = "Fünf  words, 1234 and\n\tan indent."
     ids = tokenizer(text)["input_ids"]
     assert ids == tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(ids) == text
     assert not list((tmp_path / "out").glob("**/special_tokens_map.json"))
+
+
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_chat_template_and_padding_travel_with_the_tokenizer(tmp_path, place):
+    """Of a tokenizer whose own config names no `pad_token`, and wherever it keeps its template."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE({"<eot>": 0, **{c: i + 1 for i, c in enumerate("abc")}}, []))
+    letters.add_special_tokens(["<eot>"])
+    letters.save(str(source / "tokenizer.json"))
+    if place == "chat_template.jinja":
+        (source / place).write_text(TEMPLATE)
+    else:
+        (source / place).write_text(json.dumps({"chat_template": TEMPLATE}))
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), tokenizer=source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "ab"}, {"role": "model", "content": "c"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>ab\n<model>c\n"
+    assert tokenizer(["a", "abc"], padding=True)["input_ids"] == [[1, 0, 0], [1, 2, 3]]
 
 
 @pytest.mark.parametrize("fault", ["target in use", "no such token", "one expert"])
@@ -516,12 +555,13 @@ def test_import_names_the_weights_it_refuses(tmp_path, fault):
         imported(tmp_path / "out")
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_accepted(tmp_path):
+def test_a_folder_without_the_tied_head_is_accepted(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
     tensors = load_file(tmp_path / "out/model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
+    save_file(tensors, tmp_path / "out/model.safetensors")
     assert_same(imported(tmp_path / "out")[1], values_with_bias(SMALL))
 
 

@@ -6,7 +6,8 @@ What differs between the two sides, besides names:
                   the one layout that both its version 4 and its version 5 load
     kv_b_proj     ours expands the latent to `num_kv_heads`; DeepseekV3 to every head, so each group's rows are
                   repeated on the way out and taken once on the way in
-    lm_head       absent: it is the embedding
+    lm_head       ours is the embedding. On disk it is there a second time, since vLLM and mlx-lm do not tie what they
+                  load, and has to equal the embedding on the way in
     RoPE pairs    ours are (0, 1), (2, 3), ...; a folder with `rope_interleave: false` pairs the halves, and its rotary
                   rows are put in our order, which changes no score
 """
@@ -41,6 +42,7 @@ _SEGMENTS = {
 }
 """Parts of our names that `transformers` spells differently."""
 
+_HEAD = "lm_head.weight"
 _SHARD_BYTES = 5_000_000_000
 _EXPERT_KEY = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)")
 
@@ -81,6 +83,10 @@ def exported_values(config: ModelConfig, row: Parameter, value: np.ndarray) -> l
     return [value]
 
 
+def _copied_head(config: ModelConfig, dtype: str) -> TensorSpec:
+    return TensorSpec(_HEAD, (config.vocab_size, config.hidden_size), dtype)
+
+
 def _empty_shared_experts(config: ModelConfig, dtype: str) -> list[TensorSpec]:
     """DeepseekV3 always builds the shared expert; with `n_shared_experts` 0 it is one of width 0."""
     if config.n_shared_experts:
@@ -105,6 +111,7 @@ def export_folder(
     dtype: str = "float32",
     tokenizer: Path | None = None,
     end_of_text: int = 0,
+    card: str | None = None,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write `target`, a folder that `transformers` loads as `DeepseekV3ForCausalLM`.
@@ -113,7 +120,8 @@ def export_folder(
         values: every row of the parameter table with its value, in any order; one is held at a time.
         dtype: of the file: `float32`, `bfloat16` (router weight and balance bias stay float32) or `float64`.
         tokenizer: a folder with `tokenizer.json`, which is copied; None leaves the tokenizer out.
-        end_of_text: token id that ends a document: both `bos` and `eos`, as in training.
+        end_of_text: token id that ends a document: `bos`, `eos` and `pad`, as in training.
+        card: text of `README.md`, the model card; None leaves it out.
         shard_bytes: a file larger than this is split, with `transformers`' index beside the parts.
 
     Raises:
@@ -122,7 +130,8 @@ def export_folder(
     config_json = transformers_config(config, dtype, end_of_text)
     specs = {row.name: exported_specs(config, row, dtype) for row in parameter_table(config)}
     empty = _empty_shared_experts(config, dtype)
-    shards = _shards([*(spec for row in specs.values() for spec in row), *empty], shard_bytes)
+    head = _copied_head(config, dtype)
+    shards = _shards([*(spec for row in specs.values() for spec in row), *empty, head], shard_bytes)
     with fresh_folder(target) as folder:
         files = _file_names(len(shards))
         file_of = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
@@ -136,6 +145,8 @@ def export_folder(
             for row, value in values:
                 for spec, part in zip(specs[row.name], exported_values(config, row, value), strict=True):
                     writers[file_of[spec.name]].write(spec.name, part)
+                if row.name == "embed_tokens.weight":
+                    writers[file_of[_HEAD]].write(_HEAD, value)
         if len(files) > 1:
             total = sum(spec.nbytes for shard in shards for spec in shard)
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
@@ -145,6 +156,8 @@ def export_folder(
         write_json(folder / SIDECAR, {"model": config.to_dict()})
         generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
         write_json(folder / "generation_config.json", generation)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / "config.json", config_json)
 
 
@@ -168,7 +181,8 @@ def _file_names(count: int) -> list[str]:
 
 
 def copy_tokenizer(source: Path, target: Path, end_of_text: int, max_position: int) -> None:
-    """Copy a fast tokenizer so that `AutoTokenizer` of version 4 and 5 opens it, with `end_of_text` as bos and eos.
+    """Copy a fast tokenizer, and its chat template if it has one, so that `AutoTokenizer` of version 4 and 5 opens it,
+    with `end_of_text` as bos, eos and pad.
 
     Raises `UserError` if `source` has no `tokenizer.json` or no token of that id.
     """
@@ -179,13 +193,14 @@ def copy_tokenizer(source: Path, target: Path, end_of_text: int, max_position: i
     if end_of_text not in names:
         raise UserError(f"{source / 'tokenizer.json'}: no token has the end-of-text id {end_of_text}")
     settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
-    for key in ("backend", "is_local", "local_files_only", "bos_token_id", "eos_token_id"):
+    for key in ("backend", "is_local", "local_files_only", "bos_token_id", "eos_token_id", "pad_token_id"):
         settings.pop(key, None)
     settings.update(
         # The class that both versions build from tokenizer.json alone.
         tokenizer_class="PreTrainedTokenizerFast",
         bos_token=names[end_of_text],
         eos_token=names[end_of_text],
+        pad_token=names[end_of_text],
         model_max_length=max_position,
     )
     write_json(target / "tokenizer_config.json", settings)
@@ -226,7 +241,7 @@ def _open_weights(folder: Path) -> TensorReader:
 def _check_keys(folder: Path, config: ModelConfig, reader: TensorReader) -> None:
     """Refuse a folder whose tensors are not exactly those of the config."""
     expected = {spec.name: spec for row in parameter_table(config) for spec in exported_specs(config, row, "float32")}
-    ignored = {"lm_head.weight", *(spec.name for spec in _empty_shared_experts(config, "float32"))}
+    ignored = {_HEAD, *(spec.name for spec in _empty_shared_experts(config, "float32"))}
     found = {name for name in reader if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
     extra_layer = f"model.layers.{config.num_layers}."
     if any(name.startswith(extra_layer) for name in found):
@@ -240,9 +255,9 @@ def _check_keys(folder: Path, config: ModelConfig, reader: TensorReader) -> None
             raise UserError(
                 f"{folder}: {name} is {list(reader.specs[name].shape)}, config.json asks {list(spec.shape)}"
             )
-    if "lm_head.weight" in reader:
-        if not np.array_equal(reader["lm_head.weight"], reader["model.embed_tokens.weight"]):
-            raise UserError(f"{folder}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+    if _HEAD in reader:
+        if not np.array_equal(reader[_HEAD], reader["model.embed_tokens.weight"]):
+            raise UserError(f"{folder}: {_HEAD} differs from the embedding, but tie_word_embeddings is true")
 
 
 def _imported_value(
