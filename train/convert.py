@@ -20,11 +20,14 @@ from pathlib import Path
 
 from torch_ref.spec.config import ComputeConfig, SpecificationError
 from torch_ref.spec.huggingface import SIDECAR, export_folder
+from torch_ref.spec.huggingface_config import read_config
+from torch_ref.spec.huggingface_engines import engines
 from torch_ref.spec.interface import Backend, OptimizerConfig, TrainingState, UserError
 from torch_ref.spec.parameters import parameter_table
 from torch_ref.spec.storage import fresh_folder, write_json
 from train.data.tokenizer import load_tokenizer
 from train.run.loop import FINAL_WEIGHTS
+from train.state.card import model_card
 from train.state.neutral import copy_run_files, write_state, write_tensors
 from train.state.source import KINDS, Source, locate, open_state
 
@@ -70,6 +73,7 @@ def _write_transformers(target: Path, state: TrainingState, run: Path | None, dt
         dtype=dtype or stored_dtype(state),
         tokenizer=tokenizer,
         end_of_text=end_of_text,
+        card=model_card(state, run),
     )
 
 
@@ -148,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{found.path} ({found.kind}) -> {arguments.target} ({arguments.to})")
+    if arguments.to == "transformers":
+        for engine in engines(read_config(arguments.target)):
+            print(f"  {engine}")
     if (arguments.target / "checkpoints").is_dir() and (arguments.target / "settings.toml").is_file():
         main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
         settings = arguments.target / "settings.toml"

@@ -20,7 +20,15 @@ from typing import Annotated
 import tyro
 
 from torch_ref.spec.interface import Sampling, UserError
-from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
+from train.state.trained import (
+    DTypeName,
+    Framework,
+    TrainedModel,
+    open_trained,
+    parse_flags,
+    unicode_text,
+    write_any_character,
+)
 
 
 @dataclass(frozen=True)
@@ -72,26 +80,39 @@ class GenerateOptions:
 
 
 class TextStream:
-    """Writes text as its tokens come. What does not yet make whole characters is held back."""
+    """Writes text as its tokens come. Only the beginning of a character is held back, at most three bytes of it."""
+
+    _WINDOW = 6
+    """Tokens that are decoded together: the three a held character can begin with, and some before them, since some
+    decoders treat the first token of a text differently."""
 
     def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
         self._decode, self._write = decode, write
         self._ids: list[int] = []
         self._written = 0
-        """How many of `_ids` have been written. They stay until the next text is out: some decoders treat the first
-        token of a text differently."""
+        """Characters of the window's text that are out."""
 
     def add(self, token: int) -> None:
+        text = self._decode([*self._ids, token])
+        # Bytes that are no UTF-8 decode to U+FFFD: each run that no next byte can mend to one of its own, and what may
+        # still become a character to the last one.
+        held = text.endswith("\ufffd")
+        if held and not self._decode([token]):
+            return  # a special token: no part of the character
         self._ids.append(token)
-        before, text = self._decode(self._ids[: self._written]), self._decode(self._ids)
-        if len(text) > len(before) and not text.endswith("\ufffd"):
-            self._write(text[len(before) :])
-            self._ids = self._ids[self._written :]
-            self._written = len(self._ids)
+        ready = len(text) - held
+        if ready > self._written:
+            self._write(text[self._written : ready])
+            self._written = ready
+        if len(self._ids) > self._WINDOW:
+            del self._ids[0]
+            self._written = len(self._decode(self._ids)) - held
 
     def close(self) -> None:
-        """Write what is left, an incomplete character too."""
-        self._write(self._decode(self._ids)[len(self._decode(self._ids[: self._written])) :])
+        """Write what is left of an incomplete character."""
+        rest = self._decode(self._ids)[self._written :]
+        if rest:
+            self._write(rest)
 
 
 def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, stream: bool) -> str:
@@ -120,21 +141,32 @@ def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, st
 def ask(terminal: bool) -> Iterator[str]:
     """Prompts from standard input: all of it is one, on a terminal every line is."""
     if not terminal:
-        yield sys.stdin.read().removesuffix("\n")
+        yield _read(sys.stdin.read).removesuffix("\n")
         return
     print("A prompt a line; an empty line ends.", file=sys.stderr)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline().rstrip("\n")
+        line = _read(sys.stdin.readline).rstrip("\n")
         if not line:
             return
         yield line
 
 
+def _read(read: Callable[[], str]) -> str:
+    """Text from standard input. Raises `UserError` if it is none in the encoding of the terminal, or of the locale."""
+    try:
+        return unicode_text(read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not {error.encoding.upper()} text, at byte {error.start + 1}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     stream = sys.stdout.isatty()
     try:
+        write_any_character(sys.stdout)
         options = parse_flags(GenerateOptions, "python -m train.generate", argv)
+        if options.prompt is not None:
+            unicode_text(options.prompt, "--prompt")
         model = open_trained(
             options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
         )

@@ -196,11 +196,66 @@ def test_a_model_is_run_by_the_framework_that_wrote_it(monkeypatch):
 
 
 def test_stream_holds_back_incomplete_characters():
-    bytes_of = [b"a", b"\xe4", b"\xb8", b"\x96", b" b", b"\xff"]
-    written = []
-    stream = TextStream(lambda ids: b"".join(bytes_of[i] for i in ids).decode(errors="replace"), written.append)
-    for token in range(len(bytes_of)):
-        stream.add(token)
-    assert written == ["a", "世", " b"]
+    written = stream_bytes([b"a", b"\xe4", b"\xb8", b"\x96", b" b", b"\xff", b"", b"c", b"\xe4", b"\xb8"])
+    assert written == ["a", "世", " b", "\ufffdc", "\ufffd"]
+
+
+def stream_bytes(tokens: list[bytes]) -> list[str]:
+    """What a stream writes of these tokens one after the other. It may decode few at a time, and hold one character."""
+    text, written = b"", []
+
+    def decode(ids: list[int]) -> str:
+        assert len(ids) <= 7
+        return b"".join(tokens[number] for number in ids).decode(errors="replace")
+
+    stream = TextStream(decode, written.append)
+    for number, token in enumerate(tokens):
+        text += token
+        stream.add(number)
+        assert "".join(written) == text.decode(errors="replace").removesuffix("\ufffd")
     stream.close()
-    assert written == ["a", "世", " b", "\ufffd"]
+    assert "".join(written) == text.decode(errors="replace")
+    return written
+
+
+def test_stream_of_any_bytes_is_their_text():
+    """Of random bytes, of parts of characters, and of invalid bytes that never end."""
+    generator = np.random.default_rng(0)
+    characters = "aé世😀\ufffd".encode()
+    for _ in range(200):
+        size = int(generator.integers(1, 60))
+        values = generator.choice(np.frombuffer(characters, np.uint8), size).tobytes()
+        cuts = np.sort(generator.integers(0, size, 30))
+        stream_bytes([values[start:end] for start, end in zip([0, *cuts], [*cuts, size], strict=True)])
+    stream_bytes([b"\xff"] * 2000 + [b"\xe4", b"\xb8", b"\x96"])
+
+
+@pytest.mark.parametrize("way", ["prompt", "input", "undecodable input"])
+def test_bytes_that_are_no_text_are_refused_in_one_line(folder, capsys, monkeypatch, way):
+    pytest.importorskip("torch")
+    arguments, stdin = [str(folder), "--framework", "torch"], io.BytesIO(b"a\xffb")
+    if way == "prompt":
+        arguments += ["--prompt", "a\udcffb"]  # Python's reading of the argument a\xffb
+    errors = "surrogateescape" if way == "input" else "strict"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, encoding="utf-8", errors=errors))
+    assert generation.main(arguments) == 2
+    captured = capsys.readouterr()
+    what = {"prompt": "--prompt", "input": "standard input", "undecodable input": "standard input"}[way]
+    place = "at byte 2" if way == "undecodable input" else "at character 2"
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == f"error: {what}: not UTF-8 text, {place}"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_an_ascii_terminal_lacks_is_escaped(folder, monkeypatch, terminal):
+    pytest.importorskip("torch")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    out.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stdout", out)
+    text = "Grüße, 世界"
+    monkeypatch.setattr("train.data.tokenizer.TextTokenizer.decode", lambda self, ids: text[: len(ids)])
+    arguments = [str(folder), "--framework", "torch", "--prompt", "Grüße", "--max-new-tokens", str(len(text))]
+    assert generation.main([*arguments, "--repetition-penalty", "1.1", "--seed", "2"]) == 0
+    out.flush()
+    written = out.buffer.getvalue().decode("ascii")
+    assert written.startswith("Gr\\xfc\\xdfe") and written.endswith("\n")

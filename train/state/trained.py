@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TextIO, TypeVar
 
 import numpy as np
 import tyro
@@ -91,6 +91,22 @@ def parse_flags(options: type[Flags], prog: str, argv: Sequence[str] | None) -> 
         if stop.code:
             raise UserError(f"{first_sentence(said.getvalue())}; --help lists the options") from None
         raise
+
+
+def unicode_text(text: str, what: str) -> str:
+    """The text, unless it came from bytes that are none: Python then has surrogates in their places. Raises
+    `UserError` that begins with `what`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: not UTF-8 text, at character {error.start + 1}") from None
+    return text
+
+
+def write_any_character(stream: TextIO) -> None:
+    """Let a stream write what its encoding lacks as escapes (a `ü` on an ASCII terminal as `\\xfc`), not fail."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def choose_framework(source: Source, asked: Framework) -> str:
