@@ -17,13 +17,17 @@ from flax_model.layers import wide
 from torch_ref.spec.interface import IGNORE
 
 
+def token_losses(logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"]) -> Float[Array, " tokens"]:
+    """-log softmax(logits)[target] of each scored target, in nats; 0 of the others."""
+    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(targets != IGNORE, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0)
+
+
 def cross_entropy_plain(
     hidden: Float[Array, "tokens hidden"], embedding: Float[Array, "vocab hidden"], targets: Int[Array, " tokens"]
 ) -> Float[Array, ""]:
     """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
-    logits = wide(hidden @ embedding.astype(hidden.dtype).T)
-    target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(targets != IGNORE, jax.nn.logsumexp(logits, axis=-1) - target_logits, 0).sum()
+    return token_losses(wide(hidden @ embedding.astype(hidden.dtype).T), targets).sum()
 
 
 def _chunks(hidden, targets, chunk):
@@ -82,3 +86,16 @@ def _backward(chunk, saved, upstream):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def row_losses(
+    hidden: Float[Array, "batch seq hidden"],
+    embedding: Float[Array, "vocab hidden"],
+    targets: Int[Array, "batch seq"],
+    chunk: int = 512,
+) -> Float[Array, " batch"]:
+    """`cross_entropy` of each row by itself, for scoring: a gradient through it would keep all logits."""
+    weight = embedding.astype(hidden.dtype)
+    parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
+    losses = jax.lax.map(lambda part: token_losses(wide(part[0] @ weight.T), part[1]), parts)
+    return losses.reshape(-1)[: targets.size].reshape(targets.shape).sum(1)

@@ -15,14 +15,17 @@ from torch_ref.layers import for_product, wide
 from torch_ref.spec.interface import IGNORE
 
 
+def token_losses(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """-log softmax(logits)[target] of each scored target, in nats; 0 of the others."""
+    target_logits = logits.gather(1, targets.clamp(min=0)[:, None].long()).squeeze(1)
+    return torch.where(targets != IGNORE, logits.logsumexp(-1) - target_logits, 0)
+
+
 def cross_entropy_plain(
     hidden: Float[Tensor, "tokens hidden"], embedding: Float[Tensor, "vocab hidden"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, ""]:
     """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
-    logits = wide(hidden @ embedding.to(hidden.dtype).T)
-    scored = targets != IGNORE
-    target_logits = logits.gather(1, targets.clamp(min=0)[:, None].long()).squeeze(1)
-    return torch.where(scored, logits.logsumexp(-1) - target_logits, 0).sum()
+    return token_losses(wide(hidden @ embedding.to(hidden.dtype).T), targets).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -73,3 +76,18 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time."""
     return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk, torch.is_grad_enabled())
+
+
+def row_losses(
+    hidden: Float[Tensor, "batch seq hidden"],
+    embedding: Float[Tensor, "vocab hidden"],
+    targets: Int[Tensor, "batch seq"],
+    chunk: int = 512,
+) -> Float[Tensor, " batch"]:
+    """`cross_entropy` of each row by itself, for scoring: a gradient through it would keep all logits."""
+    weight = for_product(embedding.to(hidden.dtype))
+    losses = []
+    for states, scored in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
+        logits = wide((for_product(states) @ weight.T).to(hidden.dtype))
+        losses.append(token_losses(logits, scored))
+    return torch.cat(losses).view(targets.shape).sum(1)

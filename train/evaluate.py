@@ -1,11 +1,15 @@
-"""Score texts with a trained model:
+"""Score texts, or the answers to multiple-choice questions, with a trained model:
 
     python -m train.evaluate runs/tiny-flax --data texts/*.txt
+    python -m train.evaluate runs/tiny-flax --benchmark hellaswag_val.jsonl
 
 MODEL is a run folder of either framework, a checkpoint, a `transformers` folder or a file of final weights. Every
 document is scored within its own boundaries: its first token is predicted from the end-of-text token before it, and
 the end-of-text token after it counts as its last. Documents longer than the context are cut into rows of it, and each
 token is predicted once. Bits per byte divide by the documents' UTF-8 bytes, so they compare across tokenizers.
+
+A question (`train.data.multiple_choice`) is answered by the choice that is the likeliest to follow it; normalised,
+by the one with the highest log-likelihood per character. Both as lm-evaluation-harness has them (`acc`, `acc_norm`).
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from jaxtyping import Float64, Int32
 
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.corpus import Reader
+from train.data.multiple_choice import Question, read_questions
 from train.data.packing import Rows, document_rows
 from train.data.sources import FileSource
+from train.data.tokenizer import TextTokenizer
 from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 
 TOKENS_PER_PASS = 4096
@@ -33,12 +40,14 @@ TOKENS_PER_PASS = 4096
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score texts with a trained model."""
+    """Score texts, or the answers to multiple-choice questions, with a trained model."""
 
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, a checkpoint, a transformers folder or a file of final weights."""
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """Files (text, jsonl, parquet), folders or globs."""
+    benchmark: tuple[Path, ...] = ()
+    """Multiple-choice questions: .jsonl files in the layout of HellaSwag, ARC or PIQA."""
     text_field: str = "text"
     """Of jsonl and parquet rows."""
     seq_len: int | None = None
@@ -94,34 +103,104 @@ def evaluate(model: TrainedModel, texts: Iterable[str], seq_len: int) -> Score:
     """
     documents = tokens = size = 0
 
-    def rows() -> Iterator[Rows]:
+    def rows() -> Iterator[Row]:
         nonlocal documents, tokens, size
         for text in texts:
             document = document_rows(model.tokenizer.encode(text), seq_len, model.tokenizer.eot_id)
             documents, size = documents + 1, size + len(text.encode())
-            tokens += int((document.targets != IGNORE).sum())
-            yield document
+            for inputs, targets in zip(*document, strict=True):
+                length = int((targets != IGNORE).sum())
+                tokens += length
+                yield inputs[:length], targets[:length]
 
-    loss_sum = math.fsum(model.loss_sum(*batch) for batch in batches(rows(), seq_len))
+    loss_sum = math.fsum(loss for _, batch in batches(rows(), seq_len) for loss in model.losses(*batch))
     if not documents:
         raise UserError("--data: no text in there")
     return Score(documents, tokens, size, loss_sum)
 
 
-def batches(documents: Iterable[Rows], seq_len: int) -> Iterator[Rows]:
-    """Rows of like length together, cut to that length, in few shapes; the last ones are filled up with rows that are
-    not scored."""
+@dataclass(frozen=True)
+class Accuracy:
+    """How many questions a model answers right."""
+
+    questions: int
+    plain: float
+    """By likelihood: `acc` in lm-evaluation-harness."""
+    normalised: float
+    """By log-likelihood per character of the choice: its `acc_norm`."""
+
+    def __str__(self) -> str:
+        def part(value: float) -> str:
+            error = math.sqrt(value * (1 - value) / max(self.questions - 1, 1))
+            return f"{value:.4f} +- {error:.4f}"
+
+        return (
+            f"Accuracy: {part(self.plain)} | Normalised by length: {part(self.normalised)} ({self.questions} questions)"
+        )
+
+
+def answer(model: TrainedModel, questions: Sequence[Question]) -> Accuracy:
+    """The accuracy of a model on multiple-choice questions.
+
+    Raises `UserError` where there are none.
+    """
+    if not questions:
+        raise UserError("--benchmark: no question in there")
+    right = np.zeros(2)
+    for question, likelihoods in zip(questions, likelihoods_of(model, questions), strict=True):
+        per_character = likelihoods / [len(choice) for choice in question.choices]
+        right += np.array([likelihoods.argmax(), per_character.argmax()]) == question.answer
+    return Accuracy(len(questions), *(right / len(questions)).tolist())
+
+
+def likelihoods_of(model: TrainedModel, questions: Sequence[Question]) -> list[Float64[np.ndarray, " choices"]]:
+    """The log-likelihoods of each question's choices, in nats."""
+    longest = model.config.max_position
+    rows = [choice_row(model.tokenizer, each.context, choice, longest) for each in questions for choice in each.choices]
+    likelihoods = np.zeros(len(rows))
+    for numbers, batch in batches(rows, longest):
+        likelihoods[numbers] = -model.losses(*batch)[: len(numbers)]
+    return np.split(likelihoods, np.cumsum([len(question.choices) for question in questions])[:-1])
+
+
+def choice_row(tokenizer: TextTokenizer, context: str, choice: str, longest: int) -> Row:
+    """Inputs and targets that score a choice after its context, as lm-evaluation-harness cuts them: both are encoded
+    as one text, in which the choice begins after as many tokens as the context alone has, and spaces at the context's
+    end belong to the choice. What does not fit `longest` is left out in front."""
+    text = context.rstrip()
+    choice = f"{context[len(text) :]} {choice}"
+    before = tokenizer.encode(text)
+    after = tokenizer.encode(text + choice)[len(before) :]
+    before = before or [tokenizer.eot_id]
+    tokens = np.array(before + after, np.int32)
+    targets = np.array([IGNORE] * len(before) + after, np.int32)
+    return tokens[:-1][-longest:], targets[1:][-longest:]
+
+
+Row = tuple[Int32[np.ndarray, " seq"], Int32[np.ndarray, " seq"]]
+"""Inputs and targets."""
+
+
+def batches(rows: Iterable[Row], longest: int) -> Iterator[tuple[list[int], Rows]]:
+    """Rows of like length together, filled up to that length, in few shapes, with their numbers in the order they
+    came; the last batches are filled up with rows that have no number and are not scored."""
     waiting: dict[int, list] = defaultdict(list)
-    for document in documents:
-        for inputs, targets in zip(*document, strict=True):
-            length = padded_length(int((targets != IGNORE).sum()), seq_len)
-            waiting[length].append((inputs[:length], targets[:length]))
-            if len(waiting[length]) == rows_per_pass(length):
-                yield Rows(*map(np.stack, zip(*waiting.pop(length), strict=True)))
-    for length, rows in waiting.items():
-        missing = rows_per_pass(length) - len(rows)
-        rows += [(np.zeros(length, np.int32), np.full(length, IGNORE, np.int32))] * missing
-        yield Rows(*map(np.stack, zip(*rows, strict=True)))
+
+    def batch(length: int) -> tuple[list[int], Rows]:
+        numbers, rows = zip(*waiting.pop(length), strict=True)
+        shape = (rows_per_pass(length), length)
+        inputs, targets = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
+        for place, row in enumerate(rows):
+            inputs[place, : len(row[0])], targets[place, : len(row[1])] = row
+        return list(numbers), Rows(inputs, targets)
+
+    for number, row in enumerate(rows):
+        length = padded_length(len(row[0]), longest)
+        waiting[length].append((number, row))
+        if len(waiting[length]) == rows_per_pass(length):
+            yield batch(length)
+    for length in list(waiting):
+        yield batch(length)
 
 
 def padded_length(length: int, longest: int) -> int:
@@ -136,7 +215,10 @@ def rows_per_pass(length: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv)
+        if not options.data and not options.benchmark:
+            raise UserError("--data or --benchmark: name the files to score")
         sources = [FileSource(pattern, options.text_field) for pattern in options.data]
+        benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
         model = open_trained(
             options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
         )
@@ -146,8 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}"
             )
         print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
-        texts = (document.text for source in sources for document in Reader(source))
-        print(evaluate(model, texts, seq_len))
+        if sources:
+            texts = (document.text for source in sources for document in Reader(source))
+            print(evaluate(model, texts, seq_len))
+        for file, questions in benchmarks:
+            print(f"{file.name}: {answer(model, questions)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import CONFIG, case_values
-from torch_ref.spec.huggingface import export_folder
+from parity_tests.support.trained import DOCUMENTS, MODEL, trained_folder
 from torch_ref.spec.interface import IGNORE, UserError
 from train import evaluate as evaluation
 from train import generate as generation
 from train.data.packing import document_rows
-from train.data.tokenizer import train_tokenizer
 from train.evaluate import batches, evaluate
 from train.generate import TextStream
 from train.state.source import Source
 from train.state.trained import choose_framework, open_trained
 
-DOCUMENTS = [
-    "The cache holds one latent per token and layer, and the rotated key.",
-    "é",
-    "Perplexity is the exponential of the mean loss. " * 20,
-    "Two lines\nand a 世界 of bytes.",
-]
-MODEL = replace(CONFIG, vocab_size=400, n_routed_experts=4, max_position=128)
-
-
-def untied_values(config):
-    """Values under which no two experts have equal scores: `transformers` does not say which it then takes."""
-    for row, value in case_values(config):
-        if ".router." in row.name:
-            value = value + 0.1 * np.random.default_rng(len(row.name)).standard_normal(row.shape)
-        yield row, value
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A `transformers` folder with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("trained")
-    tokenizer = train_tokenizer(DOCUMENTS, MODEL.vocab_size)
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(folder / "tokenizer")
-    settings = {"tokenizer": folder / "tokenizer", "end_of_text": tokenizer.eot_id}
-    export_folder(folder / "model", MODEL, untied_values(MODEL), **settings)
-    return folder / "model"
+    return trained_folder(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(params=["torch", "flax"])
@@ -90,19 +64,23 @@ def test_score_is_that_of_transformers(framework, folder, expected_loss):
 
 def test_every_token_is_scored_once_within_its_document():
     documents = [document_rows(list(range(1, length)), 96, 0) for length in (2, 5, 63, 64, 65, 97, 300)]
-    got = list(batches(documents, 96))
-    assert {batch.inputs.shape for batch in got} == {(64, 64), (42, 96)}
-
-    def scored(rows):
-        pairs = [np.stack(row)[:, row[1] != IGNORE].T.tolist() for each in rows for row in zip(*each, strict=True)]
-        return sorted(filter(None, pairs))
-
-    assert scored(got) == scored(documents)
+    rows = [(row[row_targets != IGNORE], row_targets[row_targets != IGNORE])
+            for document in documents for row, row_targets in zip(*document, strict=True)]  # fmt: skip
+    got = list(batches(rows, 96))
+    assert {batch.inputs.shape for _, batch in got} == {(64, 64), (42, 96)}
+    assert sorted(number for numbers, _ in got for number in numbers) == list(range(len(rows)))
+    for numbers, batch in got:
+        for place, number in enumerate(numbers):
+            length = len(rows[number][0])
+            np.testing.assert_array_equal(batch.inputs[place, :length], rows[number][0])
+            np.testing.assert_array_equal(batch.targets[place, :length], rows[number][1])
+        scored = sum(len(rows[number][0]) for number in numbers)
+        assert (batch.targets != IGNORE).sum() == scored
 
 
 def test_full_batches_come_before_the_end():
-    documents = (document_rows([7] * 30, 64, 0) for _ in range(150))
-    shapes = [(batch.inputs.shape, int((batch.targets != IGNORE).sum())) for batch in batches(documents, 64)]
+    rows = ((np.full(31, 7, np.int32), np.full(31, 7, np.int32)) for _ in range(150))
+    shapes = [(batch.inputs.shape, int((batch.targets != IGNORE).sum())) for _, batch in batches(rows, 64)]
     assert shapes == [((64, 64), 64 * 31), ((64, 64), 64 * 31), ((64, 64), 22 * 31)]
 
 

@@ -42,6 +42,16 @@ def module(framework, name):
     return importlib.import_module(f"{'torch_ref' if framework == 'torch' else 'flax_model'}.{name}")
 
 
+def floats(framework, array):
+    if framework == "torch":
+        import torch
+
+        return torch.from_numpy(array)
+    import jax.numpy as jnp
+
+    return jnp.asarray(array)
+
+
 def integers(framework, array):
     if framework == "torch":
         import torch
@@ -209,6 +219,20 @@ def test_loss_against_a_hand_made_shifted_reference(framework):
         lambda h, e: loss.cross_entropy(h, e, integers(framework, targets), 5), [hidden, embedding], np.array(1.0)
     )
     assert got[0] == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("seq, chunk", [(7, 32), (40, 32), (3, 7)])
+def test_losses_by_row_are_those_of_each_row_alone(framework, seq, chunk):
+    generator = np.random.default_rng(4)
+    hidden, embedding = (generator.standard_normal(shape).astype(np.float32) for shape in ((5, seq, 12), (50, 12)))
+    targets = generator.integers(-1, 50, (5, seq))
+    loss = module(framework, "loss")
+    arrays = [floats(framework, array) for array in (hidden, embedding)]
+    got = np.asarray(loss.row_losses(*arrays, integers(framework, targets), chunk))
+    for row in range(5):
+        alone = loss.cross_entropy_plain(arrays[0][row], arrays[1], integers(framework, targets[row]))
+        assert got[row] == pytest.approx(float(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

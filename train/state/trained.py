@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TextIO, TypeVar
 
 import numpy as np
 import tyro
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import Sampling, TrainingState, UserError
@@ -47,8 +47,8 @@ class TrainedModel:
     device: str
     """In words."""
     generate: Generate
-    loss_sum: Callable[[Int32[np.ndarray, "rows seq"], Int32[np.ndarray, "rows seq"]], float]
-    """Sum of the next-token losses, in nats, of inputs and targets; targets `IGNORE` are not scored."""
+    losses: Callable[[Int32[np.ndarray, "rows seq"], Int32[np.ndarray, "rows seq"]], Float[np.ndarray, " rows"]]
+    """Sum of the next-token losses of each row, in nats, of inputs and targets; targets `IGNORE` are not scored."""
 
 
 def open_trained(
@@ -142,7 +142,8 @@ def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple
 
     from torch_ref.device import default_dtype, describe, resolve_compute, resolve_device
     from torch_ref.generate import cast_weights, generate
-    from torch_ref.model import Model, objective
+    from torch_ref.loss import row_losses
+    from torch_ref.model import Model
 
     place = resolve_device(device)
     compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
@@ -150,14 +151,15 @@ def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple
     cast_weights(model, compute)
 
     @torch.no_grad()
-    def loss_sum(inputs, targets) -> float:
+    def losses(inputs, targets):
         inputs, targets = (torch.from_numpy(array).to(place) for array in (inputs, targets))
-        return float(objective(model, inputs, targets, compute, 1, 1)[1].loss_sum)
+        hidden = model(inputs, compute).hidden
+        return row_losses(hidden, model.embed_tokens.weight, targets, compute.loss_chunk).cpu().numpy()
 
     def generate_tokens(prompts, sampling, seed, on_token=None):
         return generate(model, prompts, sampling, seed, compute, on_token)
 
-    return describe(place), generate_tokens, loss_sum
+    return describe(place), generate_tokens, losses
 
 
 def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
@@ -165,7 +167,8 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
 
     from flax_model.device import default_dtype, describe, resolve_compute, resolve_device
     from flax_model.generate import cast_weights, generate
-    from flax_model.model import from_values, merge, objective
+    from flax_model.loss import row_losses
+    from flax_model.model import from_values, merge
 
     place = resolve_device(device)
     compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
@@ -176,10 +179,12 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     params = cast_weights(params, compute)
 
     @jax.jit
-    def loss(params, biases, inputs, targets):
-        return objective(merge(graphdef, params, biases), inputs, targets, compute, 1, 1)[1].loss_sum
+    def losses(params, biases, inputs, targets):
+        model = merge(graphdef, params, biases)
+        hidden = model(inputs, compute).hidden
+        return row_losses(hidden, model.embed_tokens.weight[...], targets, compute.loss_chunk)
 
     def generate_tokens(prompts, sampling, seed, on_token=None):
         return generate(merge(graphdef, params, biases), prompts, sampling, seed, compute, on_token)
 
-    return describe(place), generate_tokens, lambda *rows: float(loss(params, biases, *rows))
+    return describe(place), generate_tokens, lambda *rows: np.asarray(losses(params, biases, *rows))
