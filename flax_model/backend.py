@@ -12,7 +12,8 @@ Twin of `torch_ref/backend.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,19 +25,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from flax_model.checkpoint import Checkpoints
-from flax_model.device import describe, resolve_compute, resolve_device
+from flax_model.device import describe, mesh_devices, resolve_compute, resolve_device
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
-from flax_model.sharding import abstract_parameters, batch_sharding, decay_mask, make_mesh, replicated, tree_bytes
+from flax_model.sharding import (
+    AXES,
+    BATCH,
+    WHOLE,
+    abstract_parameters,
+    batch_sharding,
+    decay_mask,
+    gathered_embedding,
+    global_norm,
+    make_mesh,
+    per_device,
+    replicated,
+    sum_gradients,
+    sum_over_devices,
+    tree_bytes,
+    whole,
+)
 from torch_ref.spec.checkpoint import leaf_at, make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
-from torch_ref.spec.parameters import flax_path, initial_values, parameter_table
+from torch_ref.spec.parameters import Parameter, flax_path, initial_values, parameter_table
 from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 State = dict[str, Any]
@@ -55,7 +73,8 @@ class Metrics(NamedTuple):
 
 
 class FlaxBackend:
-    """The `Backend` of Flax, on one device. State is unset until `init`, `restore` or `load_state`.
+    """The `Backend` of Flax, on one device or on the mesh of `compute.mesh`. State is unset until `init`, `restore` or
+    `load_state`.
 
     The step for batches of `expected_batch` (rows and their length) is compiled in the background while the state is
     made; that for another shape when the first such batch comes. A float64 run switches JAX to 64-bit types for the
@@ -81,7 +100,7 @@ class FlaxBackend:
             jax.config.update("jax_enable_x64", True)
         self._dtype = np.dtype(self.compute.param_dtype)
         self._graphdef = structure(model_config)
-        mesh = make_mesh([self._device])
+        self._mesh = mesh = make_mesh(mesh_devices(self._device, self.compute.mesh), self.compute.mesh)
         self._batch_sharding = batch_sharding(mesh)
         self._abstract = abstract_state(model_config, self._dtype, mesh)
         self._state: State | None = None
@@ -95,15 +114,24 @@ class FlaxBackend:
             optimizer=optimizer,
             decay=decay_mask(model_config),
         )
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        step = per_device(step, mesh, (specs, BATCH, BATCH, WHOLE), (specs, WHOLE))
         # Pinned shardings: a restored or fresh state then fits the same compiled step as the one it returns.
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         self._expected_batch = expected_batch
         self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
-        self._loss_sum = jax.jit(partial(loss_sum, graphdef=self._graphdef, compute=self.compute))
+        scored = partial(loss_sum, graphdef=self._graphdef, config=model_config, compute=self.compute)
+        rows = PartitionSpec(AXES)
+        self._loss_sum = jax.jit(per_device(scored, mesh, (specs["params"], specs["biases"], rows, rows), WHOLE))
 
     @property
     def device(self) -> str:
-        return describe(self._device)
+        return describe(self._device, self.compute.mesh)
+
+    @property
+    def _rows_per_pass(self) -> int:
+        """Rows of one micro-batch, over all devices."""
+        return self.optimizer_config.micro_batch_size * self._mesh.size
 
     @property
     def steps_done(self) -> int:
@@ -112,7 +140,7 @@ class FlaxBackend:
     def init(self, seed: int) -> None:
         self._compile_ahead()
         self._state = {}
-        _, params, biases = from_values(self.model_config, initial_values(self.model_config, seed), self._dtype)
+        params, biases = self._placed(initial_values(self.model_config, seed))
         self._set(params=params, biases=biases, first_moment=None, second_moment=None)
         self._set(step=np.int32(0), updates=np.int32(0))
 
@@ -126,8 +154,7 @@ class FlaxBackend:
         if self._expected_batch is None:
             return
         rows, length = self._expected_batch
-        micro_batch = self.optimizer_config.micro_batch_size
-        shape = (rows // micro_batch, micro_batch, length)
+        shape = (rows // self._rows_per_pass, self._rows_per_pass, length)
         if shape not in self._compiled:
             thread = ThreadPoolExecutor(1)
             self._compiled[shape] = thread.submit(self._compile, shape)
@@ -150,7 +177,7 @@ class FlaxBackend:
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
         # The schedule is taken on the host, in double precision as torch's is: a sweep over rates compiles nothing.
         rate = float(self.optimizer_config.schedule(self.steps_done))
-        batch = split_batch(inputs, targets, self.optimizer_config.micro_batch_size)
+        batch = split_batch(inputs, targets, self._rows_per_pass)
         step = self._step_for(batch[0].shape)
         self._state, metrics = step(self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate))
         loss, balance_loss, grad_norm, applied, expert_counts = jax.device_get(metrics)
@@ -160,16 +187,17 @@ class FlaxBackend:
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         total = 0.0
-        rows = self.optimizer_config.micro_batch_size
-        for micro_inputs, micro_targets in zip(*split_batch(inputs, targets, rows, pad=True), strict=True):
-            total += float(self._loss_sum(self._state["params"], self._state["biases"], micro_inputs, micro_targets))
+        for micro in zip(*split_batch(inputs, targets, self._rows_per_pass, pad=True), strict=True):
+            micro = jax.device_put(micro, NamedSharding(self._mesh, PartitionSpec(AXES)))
+            total += float(self._loss_sum(self._state["params"], self._state["biases"], *micro))
         return total, int((targets != IGNORE).sum())
 
     def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
         from flax_model.generate import generate
 
-        model = merge(self._graphdef, self._state["params"], self._state["biases"])
-        return generate(model, [prompt], sampling, seed, self.compute)[0]
+        params, biases = whole((self._state["params"], self._state["biases"]), self._mesh)
+        model = merge(self._graphdef, params, biases)
+        return generate(model, [prompt], sampling, seed, replace(self.compute, mesh=(1, 1, 1)))[0]
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         updates = int(self._state["updates"])
@@ -254,7 +282,11 @@ class FlaxBackend:
         """Arrays by the table's names as (params, biases); moments have no biases, which are then zero."""
         rows = parameter_table(self.model_config)
         values = ((row, arrays[row.name] if row.name in arrays else np.zeros(row.shape)) for row in rows)
-        return from_values(self.model_config, values, self._dtype)[1:]
+        return self._placed(values)
+
+    def _placed(self, values: Iterable[tuple[Parameter, np.ndarray]]) -> tuple[dict, dict]:
+        """Values of the table's rows as (params, biases), written straight into their shards."""
+        return from_values(self.model_config, values, self._dtype, self._mesh)[1:]
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -301,13 +333,16 @@ def train_step(
     decay: dict,
 ) -> tuple[State, Metrics]:
     """One optimizer step with learning rate `rate`; a pure function of its arguments. `decay` is a tree of bools like
-    the parameters'."""
+    the parameters'. On a mesh of several devices it runs on each, with its shard of the state and its rows."""
+    mesh = compute.mesh
     micro_batches, micro_batch, _ = inputs.shape
-    target_count, sequence_count = (targets != IGNORE).sum(), micro_batches * micro_batch
+    target_count, sequence_count = (targets != IGNORE).sum(), micro_batches * micro_batch * math.prod(mesh)
+    target_count = sum_over_devices(target_count, mesh)
     params, biases = state["params"], state["biases"]
 
     def share(params, inputs, targets):
-        return objective(merge(graphdef, params, biases), inputs, targets, compute, target_count, sequence_count)
+        model = merge(graphdef, gathered_embedding(params, config, mesh), biases)
+        return objective(model, inputs, targets, compute, target_count, sequence_count)
 
     gradient = jax.grad(share, has_aux=True)
     if micro_batches == 1:
@@ -321,8 +356,11 @@ def train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (gradients, parts), _ = jax.lax.scan(accumulate, zeros, (inputs, targets))
 
+    # Shares of the objective add up, over micro-batches and over devices: nothing is averaged.
+    parts = sum_over_devices(parts, mesh)
+    gradients = sum_gradients(gradients, config, mesh)
     loss, balance_loss = parts.loss_sum / target_count, parts.balance_sum / sequence_count
-    grad_norm = global_norm(gradients)
+    grad_norm = global_norm(gradients, config, mesh)
     applied = jnp.isfinite(loss) & jnp.isfinite(balance_loss) & jnp.isfinite(grad_norm)
 
     def update(state):
@@ -357,11 +395,6 @@ def adamw(state: State, gradients: dict, rate: Float[Array, ""], optimizer: Opti
     }
 
 
-def global_norm(gradients: dict) -> Float[Array, ""]:
-    """Square root of the sum of all squares."""
-    return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
-
-
 def loss_sum(
     params: dict,
     biases: dict,
@@ -369,7 +402,9 @@ def loss_sum(
     targets: Int[Array, "batch seq"],
     *,
     graphdef: nnx.GraphDef,
+    config: ModelConfig,
     compute: ComputeConfig,
 ) -> Float[Array, ""]:
-    """Sum of the next-token losses in nats."""
-    return objective(merge(graphdef, params, biases), inputs, targets, compute, 1, 1)[1].loss_sum
+    """Sum of the next-token losses in nats, over the rows of all devices."""
+    model = merge(graphdef, gathered_embedding(params, config, compute.mesh), biases)
+    return sum_over_devices(objective(model, inputs, targets, compute, 1, 1)[1].loss_sum, compute.mesh)

@@ -10,6 +10,7 @@ Twin of `torch_ref/device.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 
@@ -17,6 +18,7 @@ import jax
 
 from flax_model.attention import ATTENTION_PATHS
 from flax_model.moe import EXPERT_PATHS
+from flax_model.sharding import AXES, MeshShape
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
@@ -35,11 +37,31 @@ def resolve_device(name: str) -> jax.Device:
         raise UserError(f"--device {name}: not available to this JAX; here it can use {usable}{hint}") from error
 
 
-def describe(device: jax.Device) -> str:
+def mesh_devices(first: jax.Device, shape: MeshShape) -> list[jax.Device]:
+    """The devices of a mesh: `first`, or as many of its platform as the shape takes. Raises `UserError` where there are
+    not as many, or some would be left idle by one of several processes."""
+    wanted = math.prod(shape)
+    if wanted == 1:
+        return [first]
+    found = jax.devices(first.platform)
+    if wanted > len(found) or (wanted < len(found) and jax.process_count() > 1):
+        raise UserError(f"--mesh {mesh_words(shape)}: takes {wanted} devices, and there are {len(found)}")
+    return found[:wanted]
+
+
+def mesh_words(shape: MeshShape) -> str:
+    """As `--mesh` takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+
+
+def describe(device: jax.Device, shape: MeshShape = (1, 1, 1)) -> str:
     """The device in words, for the log."""
     if device.platform == "cpu":
-        return f"CPU ({platform.machine()}, {os.cpu_count()} threads), jax {jax.__version__}"
-    return f"{device.device_kind}, jax {jax.__version__}"
+        name = f"CPU ({platform.machine()}, {os.cpu_count()} threads), jax {jax.__version__}"
+    else:
+        name = f"{device.device_kind}, jax {jax.__version__}"
+    devices = math.prod(shape)
+    return name if devices == 1 else f"{devices} x {name}, mesh {mesh_words(shape)}"
 
 
 def default_dtype(device: jax.Device) -> str:

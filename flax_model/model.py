@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
@@ -28,6 +29,7 @@ from flax_model.layers import RMSNorm, Stack, SwiGLU, wide
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
+from flax_model.sharding import gathered_layer, on_devices
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
@@ -94,10 +96,10 @@ class Model(nnx.Module):
         expert_counts = jnp.zeros((0, config.n_routed_experts), jnp.int32)
         layers = []
         if config.first_k_dense:
-            x, (_, hidden) = run_layers(self.dense_layers, x, rope, compute, keep_hidden)
+            x, (_, hidden) = run_layers(self.dense_layers, "dense_layers", config, x, rope, compute, keep_hidden)
             layers.append(hidden)
         if config.num_moe_layers:
-            x, (moe, hidden) = run_layers(self.layers, x, rope, compute, keep_hidden)
+            x, (moe, hidden) = run_layers(self.layers, "layers", config, x, rope, compute, keep_hidden)
             balance_loss, expert_counts = moe.balance_loss.sum(0), moe.expert_counts
             layers.append(hidden)
         layers = jnp.concatenate(layers) if keep_hidden else None
@@ -109,14 +111,22 @@ class Model(nnx.Module):
 
 
 def run_layers(
-    stacked: Block, x: Float[Array, "batch seq hidden"], rope: Rope, compute: ComputeConfig, keep_hidden: bool
+    stacked: Block,
+    name: str,
+    config: ModelConfig,
+    x: Float[Array, "batch seq hidden"],
+    rope: Rope,
+    compute: ComputeConfig,
+    keep_hidden: bool,
 ) -> tuple[Float[Array, "batch seq hidden"], tuple[MoEOutput | None, Array | None]]:
-    """Run x through the layers of a stacked block. Also returns, stacked over layers, what each mixture of experts
-    reported (its output left out) and, if asked for, each layer's hidden states."""
-    graphdef, state = nnx.split(stacked)
+    """Run x through the layers of a stacked block, the model's attribute `name`. Also returns, stacked over layers,
+    what each mixture of experts reported (its output left out) and, if asked for, each layer's hidden states."""
+    graphdef, *state = split(stacked)
 
     def one_layer(x, layer):
-        x, moe = nnx.merge(graphdef, layer)(x, rope, compute)
+        params, biases = layer
+        params = gathered_layer(params, config, compute.mesh, compute.dtype, name)
+        x, moe = merge(graphdef, params, biases)(x, rope, compute)
         return x, (moe and moe._replace(out=None), x if keep_hidden else None)
 
     # The layer's input is kept by the scan. Of the rest, only what is dear to compute: norms, rotations and gates are
@@ -154,11 +164,15 @@ def structure(config: ModelConfig) -> nnx.GraphDef:
 
 
 def from_values(
-    config: ModelConfig, values: Iterable[tuple[Parameter, np.ndarray]], dtype: DTypeLike = jnp.float32
+    config: ModelConfig,
+    values: Iterable[tuple[Parameter, np.ndarray]],
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """`split` of a model with these values (`parameters.initial_values`, or an import) of every row of the table.
 
-    Each layer is written straight into its place in the stacked tensor on the device: nothing is held twice.
+    Each layer is written straight into its place in the stacked tensor on the device: nothing is held twice. On a
+    `mesh` each device gets its shard of it alone.
     """
     rows = parameter_table(config)
     expected = {row.name for row in rows}
@@ -166,23 +180,22 @@ def from_values(
     for row in rows:
         path, _ = flax_path(config, row.name)
         counts[path] = counts.get(path, 0) + 1
-    params: Tree = {}
-    biases: Tree = {}
+    trees: tuple[Tree, Tree] = {}, {}
     for row, value in values:
         expected.remove(row.name)
         path, index = flax_path(config, row.name)
-        tree = params if row.trainable else biases
+        tree = trees[not row.trainable]
         for key in path[:-1]:
             tree = tree.setdefault(key, {})
-        if index is None:
-            tree[path[-1]] = jnp.array(value, dtype)
-        else:
+        value = on_devices(row, value, dtype, mesh)
+        if index is not None:
             stacked = tree.pop(path[-1], None)
             if stacked is None:
-                stacked = jnp.zeros((counts[path], *row.shape), dtype)
-            tree[path[-1]] = _put_layer(stacked, index, value)
+                stacked = on_devices(row, None, dtype, mesh, counts[path])
+            value = _put_layer(stacked, index, value)
+        tree[path[-1]] = value
     assert not expected, f"no value for {sorted(expected)}"
-    return structure(config), params, biases
+    return structure(config), *trees
 
 
 def to_values(config: ModelConfig, params: Tree, biases: Tree) -> Iterator[tuple[Parameter, np.ndarray]]:

@@ -5,7 +5,8 @@
     weights = scores[chosen] / sum * scaling           without the bias: it steers the choice, never the output
     y = shared_expert(x) + sum of weights * expert(x)
 
-The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`:
+The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`, where a choice of
+expert `experts`, one past the last, stands for none (of this device: `expert_parallel.py`):
 `dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
 active experts; `blocks` does so without branches, for GPUs. Twin of `torch_ref/moe.py`.
 """
@@ -22,6 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from flax_model.expert_parallel import experts_exchanged
 from flax_model.layers import Stack, SwiGLU, wide
 from torch_ref.spec.config import ModelConfig
 
@@ -286,8 +288,9 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     first_row = (block_ends - (counts + BLOCK - 1) // BLOCK) * BLOCK
     # A choice's row: where its expert starts, plus how many earlier choices took the same expert.
     rank = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(1)
-    slot = first_row[flat] + rank
     blocks = min(-(-tokens * topk // BLOCK) + experts, experts * -(-tokens // BLOCK))
+    # The choice of an expert that is not here (`experts`) has no row.
+    slot = jnp.where(flat < experts, first_row[flat] + rank, blocks * BLOCK)
     expert_of_block = jnp.minimum((jnp.arange(blocks)[:, None] >= block_ends).sum(1), experts - 1)
 
     source = jnp.full(blocks * BLOCK, tokens * topk).at[slot].set(jnp.arange(tokens * topk))
@@ -327,10 +330,11 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts' weights, stacked."""
+    """The routed experts' weights, stacked: all of them, or inside a step over several devices those of this one."""
 
     def __init__(self, config: ModelConfig, stack: Stack = ()) -> None:
         experts, hidden, ffn = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.experts = experts
         self.gate_proj = nnx.Param(jnp.zeros((*stack, experts, ffn, hidden)))
         self.up_proj = nnx.Param(jnp.zeros((*stack, experts, ffn, hidden)))
         self.down_proj = nnx.Param(jnp.zeros((*stack, experts, hidden, ffn)))
@@ -339,7 +343,10 @@ class Experts(nnx.Module):
         self, x: Float[Array, "tokens hidden"], routing: Routing, path: str, remat: bool
     ) -> Float[Array, "tokens hidden"]:
         weights = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        return EXPERT_PATHS[path](x, routing, *weights, remat)
+        run = partial(EXPERT_PATHS[path], remat=remat)
+        if len(weights[0]) < self.experts:
+            return experts_exchanged(run, x, routing, *weights)
+        return run(x, routing, *weights)
 
 
 class MoE(nnx.Module):

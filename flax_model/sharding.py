@@ -1,70 +1,135 @@
 """Where each tensor lives: the parameter table's axis names mapped to the axes of a device mesh.
 
-A mesh has the axes `data` (rows of a batch) and `expert` (routed experts). On one device both have size 1 and every
-tensor is whole; the same specification places tensors on more.
+A mesh has three axes; every device has rows of the batch of its own, whatever the shape.
+
+- `data`: copies of the model
+- `fsdp`: each matrix is split along one dimension, gathered layer by layer where it is used, and its gradient summed
+  back into the shards (ZeRO-3, Rajbhandari et al. 2020)
+- `expert`: each device holds some of the routed experts, and tokens travel to them (`expert_parallel.py`)
+
+Norms, router and balance biases are small and whole everywhere. On one device all three axes have size 1. The step
+itself is written for one device and its shard (`jax.shard_map`); the collectives are in this file, and do nothing on
+axes of size 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 from numpy.typing import DTypeLike
 
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
-RULES = {"experts": "expert"}
-"""Table axis -> mesh axis it is split over; axes that are not named here are replicated."""
+AXES = ("data", "fsdp", "expert")
+"""Of every mesh, in this order."""
+
+MeshShape = tuple[int, int, int]
+"""Sizes of `AXES`."""
 
 Tree = dict
 """Nested dict with the paths of `parameters.flax_path`."""
 
 
-def make_mesh(devices: Sequence[jax.Device], expert_parallel: int = 1) -> Mesh:
-    """All devices as [data, expert]. Raises ValueError where `expert_parallel` does not divide their number."""
-    return Mesh(np.array(devices).reshape(-1, expert_parallel), ("data", "expert"))
+def make_mesh(devices: Sequence[jax.Device], shape: MeshShape) -> Mesh:
+    """Devices as [data, fsdp, expert]: neighbours, which are joined fastest, share experts, then shards."""
+    return Mesh(np.array(devices).reshape(shape), AXES)
 
 
-def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Each dimension's mesh axis by `RULES`, where the mesh axis divides it and no earlier dimension took it."""
-    taken: set[str] = set()
-    spec: list[str | None] = []
-    for axis, size in zip(axes, shape, strict=True):
-        mesh_axis = RULES.get(axis) if axis else None
-        if mesh_axis in taken or (mesh_axis and size % mesh.shape[mesh_axis]):
-            mesh_axis = None
-        if mesh_axis:
-            taken.add(mesh_axis)
-        spec.append(mesh_axis)
-    return PartitionSpec(*spec)
+def mesh_shape(mesh: Mesh) -> MeshShape:
+    return tuple(mesh.shape[axis] for axis in AXES)
+
+
+def partition(row: Parameter, shape: MeshShape) -> tuple[str | None, ...]:
+    """The mesh axis each dimension of a table's row is split over: routed experts over `expert`, and the longest
+    dimension that the size divides over `fsdp`. Axes of size 1 split nothing."""
+    _, fsdp, expert = shape
+    spec: list[str | None] = [None] * len(row.shape)
+    whole = len(row.shape) == 1 or "router" in row.name
+    if whole:
+        return tuple(spec)
+    candidates = list(range(len(row.shape)))
+    if row.axes[0] == "experts":
+        candidates.remove(0)
+        spec[0] = "expert" if expert > 1 else None
+    candidates = [index for index in candidates if row.shape[index] % fsdp == 0]
+    if fsdp > 1 and candidates:
+        spec[max(candidates, key=lambda index: row.shape[index])] = "fsdp"
+    return tuple(spec)
+
+
+def partition_specs(config: ModelConfig, shape: MeshShape) -> tuple[Tree, Tree]:
+    """The `PartitionSpec` of every tensor of the Flax model: its parameters and its balance biases."""
+    trees: tuple[Tree, Tree] = {}, {}
+    for path, rows in stacked_rows(config):
+        stack = () if flax_path(config, rows[0].name)[1] is None else (None,)
+        set_leaf(trees[not rows[0].trainable], path, PartitionSpec(*stack, *partition(rows[0], shape)))
+    return trees
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+BATCH = PartitionSpec(None, AXES)
+"""Of token arrays [micro_batches, rows, seq]: every device has its own rows of each micro-batch."""
+WHOLE = PartitionSpec()
+"""Of what is the same on every device."""
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of token arrays [micro_batches, micro_batch, seq]: each micro-batch is split over `data`."""
-    return NamedSharding(mesh, PartitionSpec(None, "data"))
+    return NamedSharding(mesh, BATCH)
 
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> tuple[Tree, Tree]:
     """Shape, dtype and sharding of every tensor of the Flax model: its parameters and its balance biases."""
     trees: tuple[Tree, Tree] = {}, {}
     for path, rows in stacked_rows(config):
-        first = rows[0]
-        stack = () if flax_path(config, first.name)[1] is None else (len(rows),)
-        shape, axes = (*stack, *first.shape), (*(None for _ in stack), *first.axes)
-        sharding = NamedSharding(mesh, partition_spec(mesh, axes, shape))
-        tree = trees[0] if first.trainable else trees[1]
-        for key in path[:-1]:
-            tree = tree.setdefault(key, {})
-        tree[path[-1]] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        stacked = flax_path(config, rows[0].name)[1] is not None
+        shape = (len(rows), *rows[0].shape) if stacked else rows[0].shape
+        spec = PartitionSpec(*((None,) if stacked else ()), *partition(rows[0], mesh_shape(mesh)))
+        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        set_leaf(trees[not rows[0].trainable], path, leaf)
     return trees
+
+
+def on_devices(
+    row: Parameter, value: np.ndarray | None, dtype: DTypeLike, mesh: Mesh | None, layers: int | None = None
+) -> Array:
+    """A row's value on the devices, or zeros for it, or for a stack of `layers` of it. A mesh's devices get just their
+    shards: each process cuts them out of the same value."""
+    stack = () if layers is None else (layers,)
+    shape = (*stack, *row.shape)
+    if mesh is None or mesh.size == 1:
+        return jnp.zeros(shape, dtype) if value is None else jnp.array(value, dtype)
+    sharding = NamedSharding(mesh, PartitionSpec(*(None for _ in stack), *partition(row, mesh_shape(mesh))))
+    if value is None:
+        return jnp.zeros(shape, dtype, device=sharding)
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(value[index], dtype))
+
+
+def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` run on each device's shards; what comes out by `WHOLE` must be the same on all. The collectives in it
+    are explicit, so that JAX adds none (`check_vma`): a gradient is its device's own until it is summed."""
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """All of a tree's arrays on one device of this process, put together from their shards."""
+    if mesh.size == 1:
+        return tree
+    everywhere = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere)
 
 
 def decay_mask(config: ModelConfig) -> Tree:
@@ -72,10 +137,7 @@ def decay_mask(config: ModelConfig) -> Tree:
     mask: Tree = {}
     for path, rows in stacked_rows(config):
         if rows[0].trainable:
-            tree = mask
-            for key in path[:-1]:
-                tree = tree.setdefault(key, {})
-            tree[path[-1]] = rows[0].decay
+            set_leaf(mask, path, rows[0].decay)
     return mask
 
 
@@ -87,6 +149,90 @@ def stacked_rows(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], list[Pa
     yield from groups.items()
 
 
+def set_leaf(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+    """Put a leaf into a nested dict, with the branches that lead there."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
 def tree_bytes(tree: object) -> int:
     """Bytes of all arrays in a tree, abstract ones too."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------------------------- inside a step: collectives of a shard
+
+
+def gathered_layer(layer: Tree, config: ModelConfig, shape: MeshShape, dtype: DTypeLike, stack: str) -> Tree:
+    """The parameters of one layer of a stack with what `fsdp` split put together, in the products' dtype, in which
+    bfloat16 travels at half the bytes. Gradients come back summed over `fsdp`, as shards in the parameters' dtype."""
+    if shape[1] == 1:
+        return layer
+    specs = partition_specs(config, shape)[0][stack]
+    return jax.tree.map(lambda shard, spec: _whole(shard, tuple(spec)[1:], dtype), layer, specs)
+
+
+def gathered_embedding(params: Tree, config: ModelConfig, shape: MeshShape) -> Tree:
+    """All parameters, of which the embedding is put together: in its own dtype, since its gradient is a sum over many
+    tokens. Layers are left as shards."""
+    if shape[1] == 1:
+        return params
+    specs = partition_specs(config, shape)[0]
+    whole = jax.tree.map(
+        lambda shard, spec: _whole(shard, tuple(spec), shard.dtype), params["embed_tokens"], specs["embed_tokens"]
+    )
+    return {**params, "embed_tokens": whole}
+
+
+def _whole(shard: Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> Array:
+    return _gather(shard, axes.index("fsdp"), jnp.dtype(dtype)) if "fsdp" in axes else shard
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard: Shaped[Array, "*shard"], dimension: int, dtype: jnp.dtype) -> Shaped[Array, "*whole"]:
+    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=dimension, tiled=True)
+
+
+def _gather_forward(shard, dimension, dtype):
+    return _gather(shard, dimension, dtype), jnp.zeros(0, shard.dtype)
+
+
+def _gather_backward(dimension, dtype, like, gradient):
+    gradient = gradient.astype(like.dtype)
+    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _spread(shape: MeshShape) -> tuple[str, ...]:
+    """The axes of a mesh that have more than one device."""
+    return tuple(axis for axis, size in zip(AXES, shape, strict=True) if size > 1)
+
+
+def sum_over_devices(tree: Any, shape: MeshShape) -> Any:
+    """Every leaf summed over all devices, each of which has a part of it from its own rows."""
+    axes = _spread(shape)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def sum_gradients(gradients: Tree, config: ModelConfig, shape: MeshShape) -> Tree:
+    """Gradients summed over the devices that hold the same shard; once a step, after all micro-batches."""
+    axes = _spread(shape)
+
+    def missing(gradient: Array, spec: PartitionSpec) -> Array:
+        over = tuple(axis for axis in axes if axis not in spec)
+        return jax.lax.psum(gradient, over) if over else gradient
+
+    return jax.tree.map(missing, gradients, partition_specs(config, shape)[0])
+
+
+def global_norm(gradients: Tree, config: ModelConfig, shape: MeshShape) -> Array:
+    """Square root of the sum of all squares, over all shards."""
+    squares: dict[tuple[str, ...], Array] = {}
+    specs = partition_specs(config, shape)[0]
+    for gradient, spec in zip(jax.tree.leaves(gradients), jax.tree.leaves(specs), strict=True):
+        over = tuple(axis for axis in AXES if axis in spec)
+        squares[over] = squares.get(over, 0) + jnp.square(gradient).sum()
+    return jnp.sqrt(sum(jax.lax.psum(square, over) if over else square for over, square in squares.items()))

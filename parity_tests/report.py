@@ -11,6 +11,7 @@ both devices have it. Nothing is set to make devices agree: a GPU that multiplie
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import sys
@@ -39,6 +40,7 @@ RUNGS = {
     "training run": "loss at each of 200 training steps",
     "decode": "greedy tokens that differ",
     "resume": "losses after a restart, against the unbroken run",
+    "devices": "20 steps on meshes of 8 devices, against one: losses, counts, weights",
 }
 """The ladder, in order."""
 
@@ -109,6 +111,7 @@ def environment(torch_device: str, jax_platform: str) -> dict[str, str]:
 def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[str], None]) -> Report:
     """The ladder from its first rung to its last, and on the CPU the planted faults."""
     from flax_model.device import resolve_device
+    from parity_tests.harness import devices as devices_rung
     from parity_tests.harness import ladder, mutations, training
     from parity_tests.harness.cases import CONFIG, FLOAT32_CASES, PAIRWISE_CASES, TRACE_CASE
 
@@ -148,11 +151,12 @@ def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[st
                 add(training.resuming(dtype, Path(folder), **names))
     if on_cpu:
         add(ladder.near_ties(replace(TRACE_CASE, torch_micro_batches=1)))
+        add(devices_rung.measure())
     for dtype in ["float64"] if quick and on_cpu else [*dtypes, "bfloat16"]:
         report.divergences[dtype] = training.training_run(dtype, **names)
         add(report.divergences[dtype].measurements())
     if on_cpu:
-        for fault, caught in mutations.survey():
+        for fault, caught in itertools.chain(mutations.survey(), devices_rung.survey()):
             report.faults.append((fault, caught))
             say(f"{'ok  ' if fault.shows_at(caught) else 'FAIL'} planted: {fault.name}; caught: {caught}")
     return report

@@ -36,7 +36,8 @@ def build(options: Options) -> tuple[Options, Backend]:
     from flax_model.device import available_memory, default_dtype, resolve_device
 
     device = resolve_device(options.device)
-    options = settle(options, default_dtype(device), available_memory(device))
+    devices = jax.device_count(device.platform)
+    options = settle(options, default_dtype(device), available_memory(device), devices)
     batch = (options.batch_size, options.seq_len)
     return options, FlaxBackend(options.model, options.compute, options.optimizer, options.device, batch)
 

@@ -279,7 +279,7 @@ def test_abstract_state_is_that_of_the_model():
     from torch_ref.spec.parameters import initial_values, parameter_table
 
     config = dataclasses.replace(CONFIG, first_k_dense=1, num_layers=3, q_lora_rank=8)
-    abstract = abstract_parameters(config, np.float32, make_mesh(jax.devices("cpu")[:1]))
+    abstract = abstract_parameters(config, np.float32, make_mesh(jax.devices("cpu")[:1], (1, 1, 1)))
     _, *made = from_values(config, initial_values(config, 0))
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), list(trees)) for trees in (abstract, made)]
     assert shapes[0] == shapes[1]
@@ -299,21 +299,23 @@ from parity_tests.support.backends import CONFIG
 
 devices = jax.devices()
 assert len(devices) == 4
-params, biases = abstract_parameters(CONFIG, np.float32, make_mesh(devices, expert_parallel=4))
+params, biases = abstract_parameters(CONFIG, np.float32, make_mesh(devices, (1, 1, 4)))
 up = params["layers"]["mlp"]["experts"]["up_proj"]
 value = np.arange(np.prod(up.shape), dtype=np.float32).reshape(up.shape)
 placed = jax.device_put(value, up.sharding)
 for shard in placed.addressable_shards:
     expert = devices.index(shard.device)
     np.testing.assert_array_equal(np.asarray(shard.data), value[:, expert : expert + 1])
-assert biases["layers"]["mlp"]["router"]["balance_bias"].sharding.shard_shape((2, 4)) == (2, 1)
+assert biases["layers"]["mlp"]["router"]["balance_bias"].sharding.is_fully_replicated
 assert params["norm"]["weight"].sharding.is_fully_replicated
 
-mesh = make_mesh(devices, expert_parallel=2)
+mesh = make_mesh(devices, (1, 2, 2))
 params, _ = abstract_parameters(CONFIG, np.float32, mesh)
-assert params["layers"]["mlp"]["experts"]["up_proj"].sharding.shard_shape(up.shape)[1] == 2
+layers, experts, ffn, hidden = up.shape
+up = params["layers"]["mlp"]["experts"]["up_proj"]
+assert up.sharding.shard_shape(up.shape) == (layers, experts // 2, ffn // 2, hidden)
 tokens = jax.device_put(np.zeros((3, 4, 8), np.int32), batch_sharding(mesh))
-assert {shard.data.shape for shard in tokens.addressable_shards} == {(3, 2, 8)}
+assert {shard.data.shape for shard in tokens.addressable_shards} == {(3, 1, 8)}
 """
 
 

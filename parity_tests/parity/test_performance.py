@@ -23,7 +23,7 @@ def temporary_bytes(config, seq_len, remat="off"):
     from flax_model.sharding import abstract_parameters, make_mesh
 
     compute = ComputeConfig(attention="blocked", moe="grouped", remat=remat, loss_chunk=64)
-    params, biases = abstract_parameters(config, jnp.float32, make_mesh([jax.devices("cpu")[0]]))
+    params, biases = abstract_parameters(config, jnp.float32, make_mesh(jax.devices("cpu")[:1], (1, 1, 1)))
     graphdef = structure(config)
 
     def share(params, biases, rows):

@@ -199,6 +199,9 @@ class ComputeConfig:
     """Flax only: one compiled layer run by `jax.lax.scan`, or the layers unrolled."""
     loss_chunk: int = 512
     """Tokens whose logits exist at once."""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    """Flax only: over how many devices the batch, the weights (`fsdp`) and the experts are spread, on top of each
+    other (`flax_model/sharding.py`)."""
 
     @property
     def param_dtype(self) -> str:

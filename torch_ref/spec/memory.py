@@ -23,17 +23,28 @@ MARGIN = 1.1
 
 
 def step_bytes(
-    config: ModelConfig, dtype: str, micro_batch_size: int, seq_len: int, micro_batches: int, remat: Remat
+    config: ModelConfig,
+    dtype: str,
+    micro_batch_size: int,
+    seq_len: int,
+    micro_batches: int,
+    remat: Remat,
+    mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> int:
-    """Estimated peak of one training step: parameters, both moments, gradients, and what the backward pass keeps.
+    """Estimated peak of one training step on one device: parameters, both moments, gradients, and what the backward
+    pass keeps.
 
-    `dtype` is the compute dtype; parameters and what belongs to them are float32, or float64 with it.
+    `dtype` is the compute dtype; parameters and what belongs to them are float32, or float64 with it. `mesh` are the
+    sizes of data, fsdp and expert: a device then holds a shard, and one layer at a time as a whole.
     """
     c = config
     wide, narrow = (8, 8) if dtype == "float64" else (4, 2 if dtype == "bfloat16" else 4)
     tokens = micro_batch_size * seq_len
     # Parameters, two moments, one gradient; and one more where gradients of several micro-batches are summed.
-    held = count_parameters(c) * wide * (5 if micro_batches > 1 else 4)
+    _, fsdp, expert = mesh
+    routed_experts = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * c.num_moe_layers
+    parameters = (count_parameters(c) - routed_experts + routed_experts // expert) // fsdp
+    held = parameters * wide * (5 if micro_batches > 1 else 4)
 
     norms_and_residuals = 8 * c.hidden_size
     attention = 4 * c.num_heads * c.qk_head_dim + 3 * c.num_heads * (c.qk_head_dim + c.v_head_dim)
@@ -48,12 +59,21 @@ def step_bytes(
     else:
         kept = c.first_k_dense * dense_layer + c.num_moe_layers * (moe_layer + (routed if remat == "off" else 0))
     loss = 3 * min(tokens, 512) * c.vocab_size * wide + c.vocab_size * c.hidden_size * wide
-    cast_weights = count_parameters(c) * narrow if narrow != wide else 0
+    cast_weights = parameters * narrow if narrow != wide else 0
+    if fsdp > 1:
+        # The embedding and its gradient, and one layer in the forward or backward pass, with its gradient.
+        cast_weights += 2 * (c.vocab_size * c.hidden_size * wide + (parameters * fsdp // c.num_layers) * narrow)
     return int(MARGIN * (held + tokens * (kept + working) * narrow + loss + cast_weights))
 
 
 def choose_remat(
-    config: ModelConfig, dtype: str, micro_batch_size: int, seq_len: int, micro_batches: int, available: int | None
+    config: ModelConfig,
+    dtype: str,
+    micro_batch_size: int,
+    seq_len: int,
+    micro_batches: int,
+    available: int | None,
+    mesh: tuple[int, int, int] = (1, 1, 1),
 ) -> Remat:
     """The cheapest rematerialisation whose estimated step fits `available` bytes; `layers` where none does, `off`
     where the memory is unknown (None)."""
@@ -61,7 +81,7 @@ def choose_remat(
         return "off"
     choices: tuple[Remat, ...] = ("off", "experts")
     for remat in choices:
-        if step_bytes(config, dtype, micro_batch_size, seq_len, micro_batches, remat) <= available:
+        if step_bytes(config, dtype, micro_batch_size, seq_len, micro_batches, remat, mesh) <= available:
             return remat
     return "layers"
 

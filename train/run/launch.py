@@ -53,13 +53,22 @@ def launch(
         return INTERRUPTED
 
 
-def settle(options: Options, dtype: str, memory: int | None) -> Options:
-    """Options with `dtype` and `remat` chosen where they are `auto`, for a device's own dtype and its free memory."""
+def settle(options: Options, dtype: str, memory: int | None, devices: int = 1) -> Options:
+    """Options with `dtype`, `mesh` and `remat` chosen where they are `auto`, for a device's own dtype and its free
+    memory, and for the number of devices."""
+    if options.mesh == "auto":
+        options = dataclasses.replace(options, mesh=f"fsdp={devices}")
     if options.dtype == "auto":
         options = dataclasses.replace(options, dtype=dtype)
     if options.remat == "auto":
         remat = choose_remat(
-            options.model, options.dtype, options.rows_per_pass, options.seq_len, options.micro_batches, memory
+            options.model,
+            options.dtype,
+            options.rows_per_pass,
+            options.seq_len,
+            options.micro_batches,
+            memory,
+            options.mesh_shape,
         )
         options = dataclasses.replace(options, remat=remat)
     return options

@@ -273,7 +273,9 @@ class Run:
     def validate(self) -> None:
         """Loss on the held-out rows; keep the state if it is the best so far."""
         loss_sum, tokens = 0.0, 0
-        for inputs, targets in fixed_size_parts(*self.data.validation, self.options.rows_per_pass):
+        for inputs, targets in fixed_size_parts(
+            *self.data.validation, self.options.rows_per_pass * self.options.devices
+        ):
             part_sum, part_tokens = self.backend.evaluate(inputs, targets)
             loss_sum += part_sum
             tokens += part_tokens

@@ -56,6 +56,8 @@ class DeviceOptions:
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS (torch only), then the CPU."""
+    mesh: str = "auto"
+    """Flax: how devices share the work, as in data=2,fsdp=4,expert=1; auto splits the weights over all (fsdp)."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
     """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
     attention: str = "auto"
@@ -109,7 +111,7 @@ class TrainingOptions:
     batch_size: int = trajectory(8)
     """Rows per optimizer step."""
     micro_batch_size: int = 1
-    """Rows per forward pass; gradients accumulate over batch-size / micro-batch-size of them."""
+    """Rows a device takes per forward pass; gradients accumulate until the batch is done."""
     learning_rate: float = trajectory(0.003)
     """Peak, reached at the end of the warm-up."""
     warmup_steps: int = trajectory(500)
@@ -213,6 +215,17 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             "needs validation: --eval-interval and --validation-rows above 0",
         )
 
+        self._require(
+            self.batch_size % (self.rows_per_pass * self.devices) == 0,
+            "batch_size",
+            f"must be a multiple of --micro-batch-size {self.micro_batch_size} on each of the {self.devices} devices "
+            f"of --mesh {self.mesh}",
+        )
+        experts = self.model.n_routed_experts
+        self._require(
+            experts % self.mesh_shape[2] == 0, "mesh", f"expert must be a divisor of --n-routed-experts {experts}"
+        )
+
     def _require(self, condition: bool, name: str, rule: str) -> None:
         if not condition:
             raise UserError(f"{flag(name)} {getattr(self, name)}: {rule}")
@@ -228,12 +241,29 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 
     @property
     def micro_batches(self) -> int:
-        return self.batch_size // self.rows_per_pass
+        return self.batch_size // (self.rows_per_pass * self.devices)
+
+    @property
+    def mesh_shape(self) -> tuple[int, int, int]:
+        """Sizes of data, fsdp and expert; all 1 before `auto` is settled."""
+        sizes = dict.fromkeys(MESH_AXES, 1)
+        for part in self.mesh.split(",") if self.mesh != "auto" else ():
+            name, _, size = part.strip().partition("=")
+            valid = name in sizes and size.isdecimal() and int(size) >= 1
+            self._require(valid, "mesh", f"{part!r} is none of data=N, fsdp=N, expert=N with N from 1")
+            sizes[name] = int(size)
+        return tuple(sizes.values())
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh_shape)
 
     @property
     def compute(self) -> ComputeConfig:
         """Once `dtype` and `remat` are settled: `auto` is no compute setting."""
-        return ComputeConfig(self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.loss_chunk)
+        return ComputeConfig(
+            self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.loss_chunk, self.mesh_shape
+        )
 
     @property
     def schedule(self) -> Schedule:
@@ -293,6 +323,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             blocks.append(f"# {section.__doc__}\n" + _toml_lines(vars(_part(self, section))))
         return "\n".join([*blocks, "[model]\n" + _toml_lines(self.model.to_dict())])
 
+
+MESH_AXES = ("data", "fsdp", "expert")
 
 SECTIONS = Options.__bases__
 GROUPS = (*SECTIONS, ModelConfig)
