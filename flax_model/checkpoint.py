@@ -31,6 +31,7 @@ from torch_ref.spec.checkpoint import (
     require_arrays,
     require_contents,
     require_seal,
+    require_stored,
     seal,
     shapes,
 )
@@ -113,7 +114,9 @@ class Checkpoints:
     def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first array that is missing, unknown, or of another shape or dtype than in
         `expected`, nested dicts of `jax.ShapeDtypeStruct`."""
-        require_tensors(shapes(self._stored(path)), shapes(expected), path)
+        stored = shapes(self._stored(path))
+        require_stored(contents, stored, path)
+        require_tensors(stored, shapes(expected), path)
 
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The arrays of a checkpoint, placed as `expected` says; call `check` first. Raises `UserError` where what was

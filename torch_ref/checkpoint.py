@@ -95,9 +95,7 @@ def _read_errors(path: Path) -> Iterator[None]:
     except (PermissionError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: not a training checkpoint: it holds other objects than tensors, numbers and texts"
-        ) from error
+        raise UserError(f"{path}: cannot be read safely: it holds other objects than tensors and numbers") from error
     except zipfile.BadZipFile as error:
         raise DamagedCheckpoint(path, "cut short, or not a file of torch tensors") from error
     except Exception as error:

@@ -46,12 +46,11 @@ def write_weights(run_dir: Path, backend: Backend) -> Path:
     """The final weights as one safetensors file, by the names of the parameter table."""
     weights = backend.state().weights
     path = run_dir / f"{FINAL_WEIGHTS}.safetensors"
-    partial = path.with_suffix(".partial")
     specs = [TensorSpec(name, tuple(array.shape), str(array.dtype)) for name, array in weights.items()]
-    with TensorWriter(partial, specs) as writer:
+    with TensorWriter(path, specs) as writer:
         for name, array in weights.items():
             writer.write(name, array)
-    return partial.replace(path)
+    return path
 
 
 if __name__ == "__main__":

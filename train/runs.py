@@ -34,7 +34,7 @@ class RunSummary:
     size: int
     """Bytes of all its files."""
     state: str
-    """complete, interrupted, diverged, data error; running; or stopped: it ended without a word."""
+    """complete, interrupted, diverged, data error, failed; running; or stopped: it ended without a word."""
 
 
 def summarize(folder: Path) -> RunSummary:
@@ -44,7 +44,8 @@ def summarize(folder: Path) -> RunSummary:
     last = steps[-1] if steps else {"step": 0, "loss": None, "tokens_seen": 0}
     validations = [r["loss"] for r in records if r["kind"] == "validation" and r["loss"] is not None]
     settings = _settings(folder)
-    planned = settings["steps"] + settings["extended_steps"] if settings else None
+    phases = [settings.get(name) for name in ("steps", "extended_steps")]
+    planned = sum(phases) if all(isinstance(steps, int) for steps in phases) else None
     ended = records[-1]["state"] if records and records[-1]["kind"] == "end" else "stopped"
     return RunSummary(
         folder=folder,
@@ -73,7 +74,7 @@ def is_training(folder: Path) -> bool:
 def _settings(folder: Path) -> dict:
     try:
         return tomllib.loads((folder / "settings.toml").read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError):  # not TOML, or not UTF-8
         return {}
 
 

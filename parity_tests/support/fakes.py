@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
 from train.data.corpus import DataError
@@ -137,9 +139,12 @@ class FakeBackend:
     def restore(self, path: Path) -> dict:
         if not path.exists():
             raise UserError(f"{path}: no such checkpoint")
-        with np.load(path) as stored:
-            self._weights, self._steps = stored["weights"], int(stored["steps"])
-            return json.loads(str(stored["meta"]))
+        try:
+            with np.load(path) as stored:
+                self._weights, self._steps = stored["weights"], int(stored["steps"])
+                return json.loads(str(stored["meta"]))
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DamagedCheckpoint(path, error) from error
 
     def delete(self, path: Path) -> None:
         path.unlink()

@@ -10,6 +10,7 @@ dtype, shape, offsets into the data), the data.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -17,10 +18,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
 class TensorWriter:
     """Writes one file of known `specs`; the tensors may come in any order, and none is kept.
 
-    Use as a context manager: leaving it without an error checks that every tensor was written.
+    Use as a context manager: the file gets its name when every tensor was written.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
@@ -76,13 +77,11 @@ class TensorWriter:
             offsets = [end, end + spec.nbytes]
             header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
             end += spec.nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        self._header = json.dumps(header, separators=(",", ":")).encode()
+        self._header += b" " * (-len(self._header) % 8)
         self._missing = set(self._place)
-        self._data_start = 8 + len(encoded)
-        self._file = open(path, "wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._data_start + end)
+        self._data_start = 8 + len(self._header)
+        self._path, self._size = Path(path), self._data_start + end
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Put one tensor in its place, rounded to its type. Raises `ValueError` if it is unknown, written already,
@@ -101,15 +100,19 @@ class TensorWriter:
         self._missing.remove(name)
 
     def __enter__(self) -> TensorWriter:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(whole_file(self._path, self._size))
+            self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+            self._file.truncate(self._size)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        if error_type is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if error_type is None and self._missing:
-            raise ValueError(f"{self._file.name}: never written: {', '.join(sorted(self._missing)[:5])}")
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self._missing:
+            missing = ValueError(f"{self._path}: never written: {', '.join(sorted(self._missing)[:5])}")
+            self._stack.__exit__(ValueError, missing, None)
+            raise missing
+        self._stack.__exit__(*error)
 
 
 class TensorReader(Mapping[str, np.ndarray]):
@@ -273,8 +276,19 @@ def _write_error(path: Path, error: BaseException, needed: int | None) -> UserEr
         return UserError(f"{path}: {limit.get(number, 'no space left')}{amount}; make room and start again")
     if number == errno.ENOENT and not Path(path).parent.is_dir():
         return UserError(f"{path}: its folder is gone; was it moved or removed meanwhile?")
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(f"{path}: could not be written: {os.strerror(number) if number else lines[0][:200]}")
+    return UserError(f"{path}: could not be written: {os.strerror(number) if number else first_line(error)}")
+
+
+def first_line(said: BaseException | str) -> str:
+    """What an error says, in at most 200 characters of one line."""
+    lines = str(said).strip().splitlines() or [type(said).__name__]
+    return lines[0][:200]
+
+
+def unused_name(path: Path) -> Path:
+    """The path, or with a number appended if there is something of that name."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def megabytes(size: int) -> str:

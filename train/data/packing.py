@@ -17,6 +17,8 @@ import queue
 import threading
 import time
 import weakref
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,8 +31,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from torch_ref.spec.interface import IGNORE, UserError
+from torch_ref.spec.storage import read_json, write_whole
 from train.data.corpus import BadRows, Document, Reader, held_out_below, open_source
-from train.data.sources import package_versions, write_whole
+from train.data.sources import first_line, package_versions
 from train.data.tokenizer import TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -309,7 +312,7 @@ class Data:
             "versions": {**self.source.identity["versions"], **package_versions("tokenizers")},
         }
         self.validation, self.validation_bytes = self._kept_validation(bound, folder, resume)
-        if not resume or not (folder / KEPT_FILE).exists():
+        if not resume or not all((folder / name).exists() for name in (KEPT_FILE, "tokenizer.json")):
             self.tokenizer.save(folder)
             kept = Kept(options.dataset, self.identity.get("revision"), options.tokenizer)
             write_whole(folder / KEPT_FILE, (json.dumps(kept._asdict(), indent=2) + "\n").encode())
@@ -333,9 +336,12 @@ class Data:
         made_from = json.dumps([identity, self.options.seq_len, self.options.validation_rows], sort_keys=True)
         file = folder / VALIDATION_FILE
         if resume and file.exists():
-            with np.load(file) as kept:
-                if kept["made_from"] == made_from:
-                    return Rows(kept["inputs"], kept["targets"]), int(kept["size"])
+            try:
+                with np.load(file) as kept:
+                    if kept["made_from"] == made_from:
+                        return Rows(kept["inputs"], kept["targets"]), int(kept["size"])
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"{file}: damaged ({first_line(error)}); remove it: the rows are made again") from error
         rows, size = self._validation(bound)
         content = io.BytesIO()
         np.savez(content, inputs=rows.inputs, targets=rows.targets, size=size, made_from=made_from)
@@ -378,4 +384,7 @@ def open_data(options: DataOptions, folder: Path, resume: bool = False) -> Data:
 
 def _read_kept(folder: Path) -> Kept:
     file = folder / KEPT_FILE
-    return Kept(**json.loads(file.read_text())) if file.exists() else Kept()
+    try:
+        return Kept(**read_json(file)) if file.exists() else Kept()
+    except (UserError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove it: what the data are is then looked up again") from error

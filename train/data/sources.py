@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import write_whole
 
 TEXT_DOCUMENT_BYTES = 8192
 """Longest document cut from a text file, in bytes: about one sequence of 2048 tokens."""
@@ -315,11 +316,3 @@ def first_line(error: BaseException) -> str:
     """An error in one line: its kind and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is never seen half written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

@@ -12,8 +12,9 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import write_whole
 from train.data.hub import HUB_TIMEOUT
-from train.data.sources import first_line, looks_like_hub_name, write_whole
+from train.data.sources import first_line, looks_like_hub_name
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -147,7 +148,10 @@ def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Pat
     so that a change in it is noticed. Raises `UserError` if it is larger than the model's vocabulary."""
     kept = Path(folder) / "tokenizer.json"
     if keep and kept.exists() and not Path(name).exists():
-        tokenizer = TextTokenizer(kept.read_text(encoding="utf-8"), name)
+        try:
+            tokenizer = TextTokenizer(kept.read_text(encoding="utf-8"), name)
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{kept}: damaged ({first_line(error)}); remove it: it is made again") from error
     elif name == TRAINED:
         tokenizer = train_tokenizer(texts, vocab_size)
     else:

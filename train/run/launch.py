@@ -18,6 +18,7 @@ from train import command_line
 from train.data.packing import open_data
 from train.run.loop import Run
 from train.run.options import Options
+from train.state.resume import own_checkpoints
 
 FAILED = 2
 INTERRUPTED = 130
@@ -43,7 +44,7 @@ def launch(
         with exclusive(run_dir):
             options, backend = build(options)
             with closing(backend):
-                data = open_data(options.data, run_dir, resume=bool(backend.find(run_dir / "checkpoints")))
+                data = open_data(options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir)))
                 return Run(options, run_dir, backend, data, write_weights).train()
     except (UserError, SpecificationError) as error:
         print(f"error: {error}", file=sys.stderr)

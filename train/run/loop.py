@@ -22,22 +22,24 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from torch_ref.spec.interface import IGNORE, Backend, StepResult, UserError
+from torch_ref.spec.storage import write_errors, write_whole
 from train.data.corpus import DataError, compare_identity
 from train.data.packing import Batch, Data
 from train.plot import plot_runs
 from train.run.lr_finder import find_learning_rate
 from train.run.options import Options, trajectory_differences
-from train.run.overview import overview
+from train.run.overview import overview, require_disk
 from train.run.progress import Progress
-from train.run.runlog import RULE, RunLog, step_line
+from train.run.runlog import RULE, RunLog, heard, step_line
 from train.run.signals import StopSignals
-from train.state.source import load_checkpoint, read_start
+from train.state.resume import own_checkpoints, restore_newest
+from train.state.source import read_start
 
 FINAL_WEIGHTS = "deepseek_final"
 
@@ -77,12 +79,15 @@ class Run:
     def train(self) -> int:
         """Train to the end, or until something stops it; returns the exit code. Whatever stopped it, the run can be
         started again and goes on from its latest checkpoint."""
-        origin = self.begin()
+        with heard() as before_the_log:
+            origin = self.begin()
         if self.finished and self.saved_step == self.step and any(self.run_dir.glob(f"{FINAL_WEIGHTS}.*")):
             print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}.")
             return COMPLETE
 
         with RunLog(self.run_dir, self.step, self.options) as self.log, StopSignals() as signals:
+            for message in before_the_log:
+                self.log.warn(message)
             self.introduce(origin)
             if self.options.find_lr and self.step == 0:
                 self.adopt_learning_rate(signals)
@@ -106,6 +111,10 @@ class Run:
                             return self.stop_interrupted(signals.received)
             except DataError as error:
                 return self.stop_without_data(error)
+            except UserError:
+                with suppress(UserError):  # the disk may be full
+                    self.log.end(self.step, "failed")
+                raise
             return self.finish()
 
     @property
@@ -144,13 +153,11 @@ class Run:
 
     def begin(self) -> str:
         """Put weights, optimizer and progress where the run starts; returns in words where that is."""
-        own = self.backend.find(self.checkpoints)
-        checkpoint = own[-1][1] if own else self.options.resume_from
+        own = own_checkpoints(self.backend, self.run_dir)
         if own and self.options.resume_from:
             self._refuse_to_go_back(self.options.resume_from, own)
-        if checkpoint:
-            self._restore(checkpoint)
-            self.saved_step = self.step if own else None
+        if own or self.options.resume_from:
+            checkpoint = self._restore(own)
             return f"Resuming from {checkpoint} at step {self.step}"
         if self.options.init_from:
             self.backend.load_state(read_start(self.options.init_from, self.options.model))
@@ -167,8 +174,9 @@ class Run:
                 "--run-dir, or remove the later checkpoints"
             )
 
-    def _restore(self, checkpoint: Path) -> None:
-        meta = load_checkpoint(self.backend, checkpoint)
+    def _restore(self, own: list[tuple[int, Path]]) -> Path:
+        """Go on from the newest whole checkpoint of the run, or else the one that was asked for."""
+        checkpoint, meta = restore_newest(self.backend, self.run_dir, own, self.options.resume_from)
         if self.options.find_lr:
             # The rate that was found when the run began.
             self._use_learning_rate(meta["options"]["learning_rate"])
@@ -182,9 +190,12 @@ class Run:
             )
         self.changes = differences + [message for severity, message in data_differences if severity == "warn"]
         self.progress = Progress(**meta["progress"])
+        self.saved_step = self.step if checkpoint in [path for _, path in own] else None
+        return checkpoint
 
     def introduce(self, origin: str) -> None:
         """Say what will be trained, on what and where, and how much disk the checkpoints take."""
+        require_disk(self.options, self.run_dir)
         self._write_settings()
         for change in self.changes:
             self.log.warn(f"changed since the checkpoint: {change}")
@@ -193,7 +204,7 @@ class Run:
         self._announce_phase()
 
     def _write_settings(self) -> None:
-        (self.run_dir / "settings.toml").write_text(self.options.to_toml(), encoding="utf-8")
+        write_whole(self.run_dir / "settings.toml", self.options.to_toml().encode())
 
     def _announce_phase(self) -> None:
         options = self.options
@@ -319,7 +330,10 @@ class Run:
         self.announce_save()
 
     def announce_save(self) -> None:
-        """Say so once the checkpoint under way has landed; only then do older ones make room."""
+        """Say so once the checkpoint under way has landed; only then do older ones make room. What went wrong in the
+        background is raised here."""
+        with self._checkpoint_errors(self.under_way):
+            self.backend.check_saves()
         if self.under_way is None or not self.under_way.exists():
             return
         self.log.say(f"Checkpoint saved to: {self.under_way}\n{RULE}")
@@ -415,7 +429,9 @@ class Run:
         self.log.end(self.step, state)
         self.log.say(message)
         if self.step:
-            self.log.say(f"Curves drawn to: {plot_runs([self.run_dir], self.run_dir / 'plot.png')}")
+            with write_errors(picture := self.run_dir / "plot.png"):
+                plot_runs([self.run_dir], picture)
+            self.log.say(f"Curves drawn to: {picture}")
 
 
 def fixed_size_parts(inputs: np.ndarray, targets: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from torch_ref.spec.interface import Backend
+from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.parameters import count_active_parameters, count_parameters
 from train.data.packing import Data
 from train.run.options import Options
@@ -47,6 +47,17 @@ def disk_estimate(options: Options, run_dir: Path) -> str:
     if needed > room:
         estimate += "\nWarning: that is not enough; --keep-checkpoints N keeps only the latest N"
     return estimate
+
+
+def require_disk(options: Options, run_dir: Path) -> None:
+    """Raises `UserError` if the disk has no room for even one more checkpoint."""
+    needed = 3 * count_parameters(options.model) * (8 if options.dtype == "float64" else 4)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(
+            f"--run-dir {run_dir}: no space left: a checkpoint takes {size_in_words(needed)}, there is room for "
+            f"{size_in_words(free)}; make room, or choose another folder"
+        )
 
 
 def size_in_words(size: int) -> str:

@@ -2,7 +2,8 @@
 
 `training.logs` holds what the console shows. `metrics.jsonl` holds one JSON object a line, told apart by `kind`:
 `step` (every optimizer step), `validation`, `sample` and `end`; numbers that are not finite are null. When a run
-resumes, both are cut back to the step it goes on from, so that no step appears twice.
+resumes, both are cut back to the step it goes on from, so that no step appears twice. Nothing is deleted: what is cut
+goes to `training.cut.logs` and `metrics.cut.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
-import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import unused_name, write_errors, write_whole
+from train.run.board import Board
 from train.run.options import Options
+
+log = logging.getLogger(__name__)
 
 TEXT_LOG = "training.logs"
 METRICS = "metrics.jsonl"
@@ -41,20 +49,24 @@ def step_line(
 
 class RunLog:
     """Writes a run's story; a context manager. `step` is how many optimizer steps are done when it opens: with 0 the
-    logs begin anew."""
+    logs begin anew. Raises `UserError` where something cannot be written."""
 
     def __init__(self, run_dir: Path, step: int, options: Options, console: Console | None = None) -> None:
-        cut_logs(run_dir, step)
+        unreadable = cut_logs(run_dir, step)
         self.console = console or Console()
-        self._text = open(run_dir / TEXT_LOG, "a", encoding="utf-8", buffering=1)
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(run_dir, step) if options.tensorboard else None
+        self._text = _open(run_dir / TEXT_LOG)
+        self._metrics = _open(run_dir / METRICS)
+        self._board = Board(run_dir / BOARD, step) if options.tensorboard else None
         self._wandb = _wandb(run_dir, options) if options.wandb else None
         self._options = options
         self._bar: PhaseBar | None = None
         self._handler = _SayHandler(self)
         for name in LOGGERS:
             logging.getLogger(name).addHandler(self._handler)
+        if unreadable:
+            self.warn(
+                f"{run_dir / METRICS}: {unreadable} lines could not be read; they are now in {_cut_name(METRICS)}"
+            )
 
     def __enter__(self) -> RunLog:
         return self
@@ -68,14 +80,15 @@ class RunLog:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
-        self._text.close()
-        self._metrics.close()
+        for file in (self._text, self._metrics):
+            with suppress(OSError):  # what could not be written was told when it was
+                file.close()
 
     def say(self, text: str = "") -> None:
         """One or more lines to the console and to `training.logs`."""
         console = self._bar.console if self._bar else self.console
         console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        self._text.write(text + "\n")
+        _write(self._text, text)
 
     def warn(self, text: str) -> None:
         self.say(f"Warning: {text}")
@@ -109,7 +122,7 @@ class RunLog:
         self._record("end", {"step": step, "state": state})
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps({"kind": kind, **_finite(values)}, ensure_ascii=False) + "\n")
+        _write(self._metrics, json.dumps({"kind": kind, **_finite(values)}, ensure_ascii=False))
         scalars = {
             f"{kind}/{name}": float(value)
             for name, value in values.items()
@@ -118,10 +131,8 @@ class RunLog:
         for layer, load in enumerate(values.get("expert_load", ())):
             scalars[f"expert_load/layer_{layer:02d}"] = load
         if self._board:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, values["step"])
-            if kind == "sample":
-                self._board.add_text("sample", values["prompt"] + values["text"], values["step"])
+            texts = {"sample": values["prompt"] + values["text"]} if kind == "sample" else {}
+            self._board.add(values["step"], scalars, texts)
         if self._wandb and scalars:
             self._wandb.log({"trainer/step": values["step"], **scalars})
 
@@ -162,6 +173,26 @@ class PhaseBar:
         self._progress.stop()
 
 
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What `LOGGERS` warn of in the block, before there is a log that says it."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield messages
+    except BaseException:
+        for message in messages:
+            print(f"Warning: {message}", file=sys.stderr)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
 class _SayHandler(logging.Handler):
     """Passes Python's log messages on to the run's story."""
 
@@ -174,47 +205,82 @@ class _SayHandler(logging.Handler):
         say(record.getMessage())
 
 
+def _open(path: Path) -> TextIO:
+    with write_errors(path):
+        return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def _write(file: TextIO, line: str) -> None:
+    """A line to one of the logs. Raises `UserError` if it cannot be written, or if the file is gone: what is written to
+    a removed file is lost without a word."""
+    path = Path(file.name)
+    with write_errors(path):
+        file.write(line + "\n")
+        os.stat(path)
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, oldest first. A line that a crash cut short is left out. Raises `UserError` if there are
-    none."""
+    """The records of a run, oldest first. Lines that cannot be read are left out; of the last one, which a crash may
+    have cut short, nothing is said. Raises `UserError` if there are none."""
     path = Path(run_dir) / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir}: not a run folder, it has no {METRICS}")
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    lines = path.read_bytes().split(b"\n")
+    records = [(number, _record_of(line)) for number, line in enumerate(lines, 1) if line]
+    for number, record in records[:-1]:
+        if record is None:
+            log.warning("%s: line %d cannot be read, and is left out", path, number)
+    return [record for _, record in records if record is not None]
 
 
-def cut_logs(run_dir: Path, step: int) -> None:
-    """Drop what the logs say about steps after `step`; with step 0, everything."""
-    text, metrics = run_dir / TEXT_LOG, run_dir / METRICS
-    if step == 0:
-        text.unlink(missing_ok=True)
-        metrics.unlink(missing_ok=True)
-        shutil.rmtree(run_dir / BOARD, ignore_errors=True)
-        return
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """One line of the metrics; None if it is no record."""
+    try:
+        record = json.loads(line)
+        complete = isinstance(record["step"], int) and isinstance(record["kind"], str)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if complete else None
+
+
+def cut_logs(run_dir: Path, step: int) -> int:
+    """Move what the logs say about steps after `step` to files of their own; with step 0, everything. Returns how many
+    lines of the metrics could not be read."""
+    text, metrics, board = run_dir / TEXT_LOG, run_dir / METRICS, run_dir / BOARD
+    unreadable = 0
     if text.exists():
-        kept = []
-        for line in text.read_text(encoding="utf-8").splitlines(keepends=True):
-            later = re.match(r"Step (\d+) \|", line)
-            if later and int(later[1]) > step:
-                break
-            kept.append(line)
-        _replace(text, "".join(kept))
+        content = text.read_bytes()
+        later = (m.start() for m in re.finditer(rb"^Step (\d+) \|", content, re.MULTILINE) if int(m[1]) > step)
+        end = next(later, content.rfind(b"\n") + 1) if step else 0
+        _split(text, content[:end], content[end:])
     if metrics.exists():
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= step and record["kind"] != "end"]
-        _replace(metrics, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        kept, cut = [], []
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        for line in lines:
+            record = _record_of(line)
+            unreadable += record is None and line is not lines[-1]
+            stays = record is not None and 0 < record["step"] <= step and record["kind"] != "end"
+            (kept if stays and line.endswith(b"\n") else cut).append(line)
+        _split(metrics, b"".join(kept), b"".join(cut))
+    if step == 0 and board.exists():
+        board.rename(unused_name(board.with_name(f"{BOARD}.cut")))
+    return unreadable
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _split(path: Path, kept: bytes, cut: bytes) -> None:
+    """Leave `kept` in a file, and add `cut` to the one beside it."""
+    if not cut:
+        return
+    aside = path.with_name(_cut_name(path.name))
+    with write_errors(aside), open(aside, "ab") as file:
+        file.write(cut if cut.endswith(b"\n") else cut + b"\n")
+    write_whole(path, kept)
+
+
+def _cut_name(name: str) -> str:
+    """`metrics.cut.jsonl` for `metrics.jsonl`."""
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}.cut{dot}{suffix}"
 
 
 def _finite(value: Any) -> Any:
@@ -224,16 +290,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(member) for name, member in value.items()}
     return [_finite(member) for member in value] if isinstance(value, list | tuple) else value
-
-
-def _tensorboard(run_dir: Path, step: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # Events after the resumed step are marked void. A file's name has its second: without the step in it, a run resumed
-    # within one would write over what it goes on from.
-    return SummaryWriter(
-        str(run_dir / BOARD), purge_step=step + 1 if step else None, filename_suffix=f".from_step_{step}"
-    )
 
 
 def _wandb(run_dir: Path, options: Options) -> Any:

@@ -1,0 +1,190 @@
+"""Damaged checkpoints of both frameworks: whatever happened to whichever file, what is restored is what was saved, or
+the checkpoint is refused as damaged, so that the loop can go on from an earlier one. Never a silent wrong number."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.support.backends import FRAMEWORKS, arrays, batch, make_backend, schedule
+from torch_ref.spec.checkpoint import DamagedCheckpoint
+from torch_ref.spec.interface import UserError
+from train.convert import main as convert
+from train.state.source import locate, open_state
+
+META = {"cursor": {"epoch": 1, "document": 7}, "loss": 3.25, "options": {"seed": 0, "run_dir": None}}
+
+
+@pytest.fixture(scope="module", params=FRAMEWORKS)
+def saved(request, tmp_path_factory):
+    """A backend, a checkpoint it wrote, and what must come back from it."""
+    backend = make_backend(request.param)
+    backend.set_schedule(schedule)
+    backend.init(seed=0)
+    backend.step(*batch(0))
+    path = backend.save(tmp_path_factory.mktemp("whole") / "checkpoints", "step_1", META)
+    backend.wait()
+    expected = arrays(backend.state())
+    backend.step(*batch(1))
+    yield backend, path, expected
+    backend.close()
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return [checkpoint] if checkpoint.is_file() else sorted(p for p in checkpoint.rglob("*") if p.is_file())
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    copy = folder / checkpoint.name
+    if checkpoint.is_dir():
+        shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint, copy)
+    return copy
+
+
+def outcome(backend, path: Path, expected: dict[str, np.ndarray]) -> str:
+    """`refused` or `whole`; anything else fails the test."""
+    try:
+        meta = backend.restore(path)
+    except DamagedCheckpoint as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return "refused"
+    assert meta == META
+    got = arrays(backend.state())
+    assert got.keys() == expected.keys()
+    wrong = [name for name, value in expected.items() if not np.array_equal(got[name], value)]
+    assert not wrong, f"silently wrong: {wrong}"
+    return "whole"
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def flipped(content: bytes) -> bytes:
+    return flip(content, 8 * (len(content) // 2) + 4)
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, emptied, flipped, None], ids=["truncated", "emptied", "flipped", "deleted"]
+)
+def test_every_file_of_a_checkpoint(saved, tmp_path, damage):
+    backend, whole, expected = saved
+    results = {}
+    for number, file in enumerate(files_of(whole)):
+        path = copy_of(whole, tmp_path / str(number))
+        target = path if whole.is_file() else path / file.relative_to(whole)
+        if damage is not None:
+            target.write_bytes(damage(target.read_bytes()))
+        elif path.is_dir():
+            target.unlink()
+        else:
+            continue  # a checkpoint that is one file and is gone is none
+        results[str(file.relative_to(whole.parent))] = outcome(backend, path, expected)
+    assert damage is None or results
+    # The file with the weights is never taken as it is.
+    largest = max(files_of(whole), key=lambda file: file.stat().st_size)
+    assert results.get(str(largest.relative_to(whole.parent)), "refused") == "refused"
+
+
+def some_bits(content: bytes) -> list[int]:
+    """Bits spread over a file, and more of them at both ends, where formats keep their headers."""
+    bits = 8 * len(content)
+    ends = [*range(0, min(bits, 512), 7), *range(max(bits - 2048, 0), bits, 13)]
+    return sorted({*np.random.default_rng(0).integers(0, max(bits, 1), 500).tolist(), *ends} & set(range(bits)))
+
+
+def flip_bits(saved, folder: Path, every: int) -> dict[str, int]:
+    """Flip one bit after another, `every` so manieth of those of all files; how many were refused, and were harmless."""
+    backend, whole, expected = saved
+    path = copy_of(whole, folder)
+    seen = {"refused": 0, "whole": 0}
+    bits = [(file, bit) for file in files_of(path) for bit in some_bits(file.read_bytes())]
+    for file, bit in bits[::every]:
+        content = file.read_bytes()
+        file.write_bytes(flip(content, bit))
+        seen[outcome(backend, path, expected)] += 1
+        file.write_bytes(content)
+    assert outcome(backend, path, expected) == "whole"
+    return seen
+
+
+def test_some_single_bits_of_every_file(saved, tmp_path):
+    """Every file of an orbax folder has hundreds of `some_bits`, so none is left out."""
+    assert flip_bits(saved, tmp_path, 11 if saved[1].is_file() else 71)["refused"] > 10
+
+
+@pytest.mark.slow
+def test_many_single_bits_of_every_file(saved, tmp_path, capsys):
+    seen = flip_bits(saved, tmp_path, 1)
+    with capsys.disabled():
+        print(f"\n{saved[0].framework}: one bit flipped, {sum(seen.values())} times: {seen}")
+    assert seen["refused"] > 300
+
+
+@pytest.mark.parametrize("form", ["neutral", "torch", "transformers"])
+def test_conversion_refuses_damage(saved, tmp_path, capsys, form):
+    """Also where a part is read by itself: the first moment is no part of an exported folder, the weights are."""
+    pytest.importorskip("torch")
+    _, whole, _ = saved
+    path = copy_of(whole, tmp_path / "run")
+    largest = max(files_of(path), key=lambda file: file.stat().st_size)
+    content = largest.read_bytes()
+    refused = 0
+    for part in range(1, 8):
+        largest.write_bytes(flip(content, 8 * (len(content) * part // 8)))
+        code = convert([str(path), str(tmp_path / f"out{part}"), "--to", form])
+        said = capsys.readouterr().err
+        assert code == 0 or (code == 2 and said.startswith("error: ") and "not a whole checkpoint" in said), said
+        assert (tmp_path / f"out{part}").exists() == (code == 0)
+        refused += code == 2
+    assert refused >= 2
+
+
+def test_a_checkpoint_of_before_is_restored_and_the_log_says_what_is_not_checked(saved, tmp_path, monkeypatch, caplog):
+    """Written without checksums: by any version up to the one that introduced them."""
+    backend, whole, expected = saved
+    if backend.framework != "flax":
+        pytest.skip("torch files always had them")
+    monkeypatch.setattr("flax_model.checkpoint.seal", lambda contents, arrays: contents)
+    backend.restore(whole)
+    path = backend.save(tmp_path, "step_1", META)
+    backend.wait()
+    with caplog.at_level(logging.WARNING):
+        assert outcome(backend, path, expected) == "whole"
+    assert "step_1: written by a version without checksums; damage of its arrays would not be noticed" in caplog.text
+    weights = open_state(locate(path)).weights
+    np.testing.assert_array_equal(weights["norm.weight"], expected["weights norm.weight"])
+
+
+def test_objects_that_are_no_tensors_are_not_unpickled(tmp_path):
+    """A `.pt` file may hold anything, code that runs when it is read included."""
+    torch = pytest.importorskip("torch")
+
+    class Trap:
+        def __reduce__(self):
+            return Path.write_text, (tmp_path / "sprung", "")
+
+    torch.save({"framework": "torch", "trap": Trap()}, tmp_path / "step_1.pt")
+    backend = make_backend("torch")
+    with pytest.raises(
+        UserError, match="step_1.pt: cannot be read safely: it holds other objects than tensors"
+    ) as refusal:
+        backend.restore(tmp_path / "step_1.pt")
+    assert not isinstance(refusal.value, DamagedCheckpoint) and not (tmp_path / "sprung").exists()
