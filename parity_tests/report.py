@@ -23,6 +23,7 @@ from pathlib import Path
 
 from parity_tests.harness.measure import Measurement
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import user_path
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.report", description=__doc__.splitlines()[0])
     parser.add_argument("--torch-device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument("--jax-platform", default="cpu", help="cpu or gpu (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", type=user_path, default=Path("report"), help="folder to write (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two mode combinations, one training run")
     parser.add_argument("--readme", action="store_true", help="renew the tables of README.md and docs/mutations.md")
     options = parser.parse_args(arguments)

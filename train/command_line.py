@@ -28,6 +28,7 @@ import tyro
 
 from torch_ref.spec.config import PRESETS, ModelConfig, SpecificationError
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import user_path
 from train.run.options import GROUPS, SECTIONS, Options, RunOptions, flag
 from train.state.source import config_of
 
@@ -36,8 +37,8 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     """Options from the command line, with preset and config file below it. Raises `UserError`; `--help` exits."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
-    early.add_argument("--config", type=Path)
-    early.add_argument("--init-from", type=Path)
+    early.add_argument("--config", type=user_path)
+    early.add_argument("--init-from", type=user_path)
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))

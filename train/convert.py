@@ -24,7 +24,7 @@ from torch_ref.spec.huggingface_config import read_config
 from torch_ref.spec.huggingface_engines import engines
 from torch_ref.spec.interface import Backend, OptimizerConfig, TrainingState, UserError
 from torch_ref.spec.parameters import parameter_table
-from torch_ref.spec.storage import fresh_folder, write_json
+from torch_ref.spec.storage import fresh_folder, user_path, write_json
 from train.data.tokenizer import load_tokenizer
 from train.run.loop import FINAL_WEIGHTS
 from train.state.card import model_card
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.convert",
         description="Convert a training state or weights between Flax, torch, a neutral form and transformers.",
     )
-    parser.add_argument("source", type=Path, help=KINDS)
-    parser.add_argument("target", type=Path, help="a new folder")
+    parser.add_argument("source", type=user_path, help=KINDS)
+    parser.add_argument("target", type=user_path, help="a new folder")
     parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
     parser.add_argument("--step", type=int, help="which checkpoint of a run folder (default: the latest)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as it is stored")

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import user_path
 from train.run.runlog import read_metrics
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
@@ -218,8 +219,8 @@ def expert_load(run: Curves) -> Float[np.ndarray, "rows columns"]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draw runs into one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, help="PNG to write; by default plot.png in the first run's folder")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=user_path, help="PNG to write; by default plot.png in the first run's folder")
     arguments = parser.parse_args(argv)
     default = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     try:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import user_path
 from train.run.overview import size_in_words
 from train.run.runlog import METRICS, read_metrics
 
@@ -110,7 +111,7 @@ def _loss(value: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.runs", description="List runs.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
+    parser.add_argument("folder", nargs="?", type=user_path, default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(argv).folder
     try:
         runs = [summarize(run) for run in find_runs(folder)]

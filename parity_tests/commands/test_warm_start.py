@@ -16,7 +16,7 @@ from torch_ref.spec.huggingface import import_folder
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import parameter_table, rope_table
 from torch_ref.spec.storage import read_json
-from train.data.sources import python_documents
+from train.data.python_docs import python_documents
 from train.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from train.warm_start.attention import Calibration, LlamaAttention, convert_attention, fit_latent, kept_theta
 from train.warm_start.experts import balanced_router, upcycled_values

@@ -24,7 +24,9 @@ from parity_tests.support.data import (
 from torch_ref.spec.interface import UserError
 from train.data.corpus import BAD_ROWS_NAMED, DataError, Reader, compare_identity, held_out_below, open_source
 from train.data.hub import HubSource
-from train.data.sources import TEXT_DOCUMENT_BYTES, Bad, FileSource, Row, python_docs_source
+from train.data.python_docs import python_docs_source
+from train.data.records import Bad
+from train.data.sources import FORMER_DOCUMENT_BYTES, FileSource, Row
 
 TEXTS = make_texts(47)
 
@@ -112,20 +114,32 @@ def test_parquet_text_in_other_encodings(kind, tmp_path):
 # ----------------------------------------------------------------------------------------------------- text files
 
 
-def test_a_text_file_is_cut_without_loss(tmp_path):
+def test_a_text_file_is_one_document(tmp_path):
+    book = "\n\n".join(make_texts(400))
+    write_text_files(tmp_path, [book, "short"])
+    source = FileSource(str(tmp_path))
+    assert texts_of(source.rows(None)) == [book, "short"] and len(book) > FORMER_DOCUMENT_BYTES
+    assert source.identity["text_files"] == "whole"
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_a_text_file_is_cut_without_loss(tmp_path, former):
+    size = FORMER_DOCUMENT_BYTES
     paragraphs = ["漢字" * 300 + str(number) for number in range(40)]
-    long_line = "é" * (3 * TEXT_DOCUMENT_BYTES)
+    long_line = "é" * (3 * size)
     text = "\n\n".join(paragraphs) + "\n\n" + long_line + "\nend"
-    write_text_files(tmp_path, [text, "short", "x" * TEXT_DOCUMENT_BYTES])
-    rows = list(FileSource(str(tmp_path)).rows(None))
+    write_text_files(tmp_path, [text, "short", "x" * size])
+    source = FileSource(str(tmp_path), former=True) if former else FileSource(str(tmp_path), document_bytes=size)
+    rows = list(source.rows(None))
     first = [row for row in rows if row.place.startswith("0000")]
     assert "".join(texts_of(first)) == text
-    assert all(len(row.value) <= TEXT_DOCUMENT_BYTES for row in rows)
+    assert all(len(row.value) <= size for row in rows)
     assert [row.value.endswith(b"\n\n") for row in first[:5]] == [True] * 5
-    assert texts_of(rows)[-2:] == ["short", "x" * TEXT_DOCUMENT_BYTES]
+    assert texts_of(rows)[-2:] == ["short", "x" * size]
     lines = text.split("\n")
     for row in first:
         assert lines[int(row.place.split(":")[1]) - 1].startswith(row.value.decode().split("\n")[0][:10])
+    assert source.identity.get("text_files") == (None if former else "cut at 8192 bytes")
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
@@ -152,11 +166,13 @@ def test_unusable_files_are_refused_by_name(tmp_path):
     write_parquet(tmp_path / "p", TEXTS)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "notes.pdf").write_text("%PDF")
     for dataset, field, words in [
         ("p", "content", ["--text-field content", "part-0.parquet", "text"]),
         ("p", "id", ["--text-field id", "int64"]),
         ("broken.parquet", "text", ["broken.parquet", "parquet"]),
-        ("table.csv", "text", ["table.csv", ".jsonl"]),
+        ("table.csv", "text", ["--text-field text", "table.csv", "only a, b"]),
+        ("notes.pdf", "text", ["notes.pdf", ".jsonl", ".gz"]),
         ("missing.jsonl", "text", ["missing.jsonl"]),
         ("*.md", "text", ["*.md"]),
     ]:
@@ -347,7 +363,7 @@ def test_python_docs_are_megabytes_of_text(python_docs):
 
 def test_python_docs_do_not_depend_on_the_process(python_docs, tmp_path):
     file = tmp_path / "python-docs.jsonl"
-    code = f"from pathlib import Path; from train.data.sources import *; python_docs_source(Path({str(file)!r}))"
+    code = f"from pathlib import Path; from train.data.python_docs import *; python_docs_source(Path({str(file)!r}))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert file.read_bytes() == python_docs.files[0].read_bytes()

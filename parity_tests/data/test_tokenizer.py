@@ -1,7 +1,9 @@
 """Tokenizers: byte-level BPE trained on a corpus, folders, and what a run keeps."""
 
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import tokenizers
 
 from parity_tests.support.data import make_texts, write_tokenizer
 from torch_ref.spec.interface import UserError
-from train.data.tokenizer import TextTokenizer, load_tokenizer, open_tokenizer, train_tokenizer
+from train.data.corpus import Document
+from train.data.tokenizer import TextTokenizer, load_tokenizer, open_tokenizer, text_pieces, train_tokenizer
 
 TEXTS = make_texts(200)
 STRANGE = [
@@ -112,6 +115,61 @@ def test_settings_of_other_uses_are_put_aside(trained):
     )
     ours = TextTokenizer(other.to_str(), "other")
     assert ours.encode_batch(["the cat reads a page"]) == [trained.encode("the cat reads a page")]
+
+
+def with_tokens(folder, tokens, **config):
+    """A tokenizer's folder with further special tokens, and a configuration."""
+    other = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    other.add_special_tokens(tokens)
+    folder.mkdir(exist_ok=True)
+    other.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+DEEPSEEK = "<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "config", "end"),
+    [
+        ([DEEPSEEK], {}, DEEPSEEK),
+        ([DEEPSEEK, "</s>"], {"eos_token": DEEPSEEK}, DEEPSEEK),
+        ([DEEPSEEK, "</s>"], {"eos_token": {"content": DEEPSEEK, "lstrip": False}}, DEEPSEEK),
+        (["<|endoftext|>", "<|im_end|>"], {"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        (["<|endoftext|>", "<|im_end|>"], {}, "<|endoftext|>"),
+        (["<|endoftext|>", "</s>"], {"eos_token": "<none>"}, "<|endoftext|>"),
+        (["<my end>"], {"eos_token": "<my end>"}, "<my end>"),
+    ],
+)
+def test_the_end_of_text_is_what_its_owner_says_or_a_known_one(tokens, config, end, tmp_path):
+    tokenizer = load_tokenizer(str(with_tokens(tmp_path / "other", tokens, **config)))
+    assert tokenizer.end_of_text == end and tokenizer.eot_id == 2 + tokens.index(end)
+    tokenizer.save(tmp_path / "run")
+    assert load_tokenizer(str(tmp_path / "run")).eot_id == tokenizer.eot_id
+    assert (f"ends with {end}" in tokenizer.hash) == (end not in ("<|endoftext|>", "</s>"))
+
+
+def test_a_run_keeps_the_end_of_text_it_began_with(tmp_path):
+    """Its tokenizer's folder is read again, but older versions did not ask its `eos_token`."""
+    folder = with_tokens(tmp_path / "other", ["<|endoftext|>", "<|im_end|>"], eos_token="<|im_end|>")
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / "tokenizer.json", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    kept = open_tokenizer(str(folder), 400, [], tmp_path / "run", keep=True)
+    assert kept.end_of_text == "<|endoftext|>" and "ends" not in kept.hash
+    assert open_tokenizer(str(folder), 400, [], tmp_path / "run", keep=False).end_of_text == "<|im_end|>"
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_same_tokens(tokenizer, monkeypatch):
+    text = "\n".join(TEXTS) + "\n\n  indented\n" + " ".join(TEXTS)
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr("train.data.tokenizer.PIECE", 800)
+    pieces = text_pieces(text)
+    assert "".join(pieces) == text and len(pieces) > 20 and max(map(len, pieces)) <= 800
+    documents = [Document(one, "place", 0) for one in ("short", text, "", "漢" * 2000)]
+    encoded = [ids.tolist() for ids in tokenizer.encode_documents(documents)]
+    assert encoded[:3] == [tokenizer.encode("short"), whole, []] and tokenizer.decode(encoded[3]) == "漢" * 2000
 
 
 def test_unusable_tokenizers_are_refused_by_name(trained, tmp_path):

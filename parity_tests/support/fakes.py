@@ -189,6 +189,7 @@ class FakeData:
         self.validation.targets[-1, 3:] = IGNORE
         self.validation_bytes = 100
         self.bad_rows = 0
+        self.notes: list[str] = []
         self.fails_at: int | None = None
         """Number (from 0) of the batch that cannot be read."""
         self.given: list[int] = []

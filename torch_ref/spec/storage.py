@@ -19,9 +19,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ _CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F1
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_HEADER_BYTES = 100_000_000
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,18 @@ def whole_file(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise _write_error(path, error, needed) from error
         raise
+
+
+def user_path(path: str | Path) -> Path:
+    """A path in which `~` stands for a home folder, as a shell would write it: one in a file has met no shell, nor has
+    that in `--run-dir=~/x`."""
+    return Path(os.path.expanduser(path))
+
+
+def with_user_paths(options: Options) -> Options:
+    """A dataclass with each `Path` in it by `user_path`."""
+    paths = {name: user_path(value) for name, value in vars(options).items() if isinstance(value, Path)}
+    return replace(options, **paths)
 
 
 def write_whole(path: Path, content: bytes) -> None:

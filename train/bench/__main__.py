@@ -27,6 +27,7 @@ from pathlib import Path
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.storage import user_path
 from train.bench.cases import Case, to_json
 
 TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "memory", "sweep")
@@ -218,8 +219,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--repeats", type=int, help="calls after the first, of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the tiny model, few repeats: ends within two minutes")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--plot", type=Path, help="draw the gradient rows to this PNG file")
+    parser.add_argument("--json", type=user_path, help="write the rows to this file")
+    parser.add_argument("--plot", type=user_path, help="draw the gradient rows to this PNG file")
     args = parser.parse_args(argv)
     preset = args.preset or ("tiny" if args.quick else "smol-774m")
     config = PRESETS[preset]

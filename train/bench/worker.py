@@ -247,7 +247,7 @@ def input_rate(case: Case) -> float:
 def bare_tokenizer_rate(case: Case) -> float:
     """Tokens a second of the tokenizer alone on the same text, in one batch."""
     from train.data.packing import open_data
-    from train.data.sources import python_documents
+    from train.data.python_docs import python_documents
 
     texts = [text for _, text in python_documents()]
     with tempfile.TemporaryDirectory() as folder:

@@ -8,21 +8,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch_ref.spec.interface import UserError
+from train.data.chat import PLAIN, TextRules, text_of
 from train.data.hub import open_hub
-from train.data.sources import (
-    PYTHON_DOCS,
-    Bad,
-    FileSource,
-    Row,
-    Source,
-    Stream,
-    first_line,
-    looks_like_hub_name,
-    python_docs_source,
-)
+from train.data.python_docs import PYTHON_DOCS, python_docs_source
+from train.data.records import Bad
+from train.data.sources import FORMER_DOCUMENT_BYTES, FileSource, Row, Source, Stream, first_line, looks_like_hub_name
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +39,19 @@ class Document(NamedTuple):
     place: str
     digest: int
     """64-bit hash of the text. It decides whether the document is held out, so copies fall on the same side."""
+    is_chat: bool = False
 
 
 def open_source(
-    dataset: str, config: str | None, revision: str | None, text_field: str, folder: Path, keep: bool
+    dataset: str, config: str | None, revision: str | None, text_field: str, folder: Path, keep: bool, **of_files: Any
 ) -> Source:
-    """`python-docs` (kept in `folder`), a file, a folder, a glob, or else a name on the Hub."""
+    """`python-docs` (kept in `folder`), a file, a folder, a glob, or else a name on the Hub. `of_files`: see
+    `FileSource`."""
     if dataset == PYTHON_DOCS:
         return python_docs_source(folder / f"{PYTHON_DOCS}.jsonl", keep)
-    on_hub = not Path(dataset).exists() and looks_like_hub_name(dataset)
-    return open_hub(dataset, config, revision, text_field) if on_hub else FileSource(dataset, text_field)
+    if looks_like_hub_name(dataset) and not Path(dataset).exists():
+        return open_hub(dataset, config, revision, text_field)
+    return FileSource(dataset, text_field, **of_files)
 
 
 class BadRows:
@@ -77,12 +73,11 @@ class BadRows:
             log.warning("further bad rows are skipped and counted, but not named")
 
 
-def as_document(row: Row) -> Document | Bad:
-    value = row.value
-    if isinstance(value, Bad):
-        return value
-    if not isinstance(value, str | bytes):
-        return Bad(f"{type(value).__name__}, not text")
+def as_document(row: Row, rules: TextRules) -> Document | Bad:
+    read = text_of(row.value, rules)
+    if isinstance(read, Bad):
+        return read
+    value, is_chat = read
     try:
         content = value.encode() if isinstance(value, str) else value
         text = value if isinstance(value, str) else value.decode()
@@ -91,7 +86,8 @@ def as_document(row: Row) -> Document | Bad:
         return Bad(f"invalid UTF-8 in line {line + 1} of it" if line else "invalid UTF-8")
     if not text.strip():
         return Bad("empty")
-    return Document(text, row.place, int.from_bytes(hashlib.blake2b(content, digest_size=DIGEST_BITS // 8).digest()))
+    digest = hashlib.blake2b(content, digest_size=DIGEST_BITS // 8).digest()
+    return Document(text, row.place, int.from_bytes(digest), is_chat)
 
 
 class Reader:
@@ -107,8 +103,9 @@ class Reader:
         bad_rows: BadRows | None = None,
         retries: int = 5,
         wait: float = 1.0,
+        rules: TextRules = PLAIN,
     ):
-        self.source, self.keep, self.retries, self.wait = source, keep, retries, wait
+        self.source, self.keep, self.retries, self.wait, self.rules = source, keep, retries, wait, rules
         self.bad_rows = BadRows() if bad_rows is None else bad_rows
         self.stop = threading.Event()
         """Set from another thread, it makes the reader give up, also while it waits."""
@@ -149,7 +146,7 @@ class Reader:
         for row in self._stream:
             if self.stop.is_set():
                 raise DataError(_GIVEN_UP)
-            document = as_document(row)
+            document = as_document(row, self.rules)
             if isinstance(document, Bad):
                 self.bad_rows.add(row.place, document.reason)
             elif self.keep(document):
@@ -196,10 +193,14 @@ def compare_identity(old: dict, new: dict) -> list[tuple[str, str]]:
     """How the data of a checkpoint and the data at hand differ: (severity, message) pairs, none if they are the same.
 
     `refuse`: the rows, their order or their tokens would differ, so the stored position means nothing here.
-    `warn`: only library versions differ."""
+    `warn`: only library versions differ, or the rules by which rows have text."""
     found = []
-    for key in sorted((old.keys() | new.keys()) - {"versions"}):
+    if old.get("rules") != new.get("rules"):
+        found.append(("warn", "rows that hold a list of texts or a chat were skipped before, and are now read"))
+    for key in sorted((old.keys() | new.keys()) - {"versions", "rules"}):
         before, now = old.get(key), new.get(key)
+        if key == "text_files" and before is None:
+            before = f"cut at {FORMER_DOCUMENT_BYTES} bytes"
         if before == now:
             continue
         if isinstance(before, dict) and isinstance(now, dict):

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch_ref.spec.interface import UserError
-from train.data.sources import Bad, Row, first_line, package_versions
+from train.data.records import Bad, pick, text_column
+from train.data.sources import Row, first_line, package_versions
 
 HUB_TIMEOUT = 10.0
 """Seconds until the Hub counts as out of reach when a run starts."""
@@ -56,11 +57,8 @@ class HubSource:
     def __init__(self, dataset: Any, name: str, config: str | None, revision: str | None, text_field: str):
         features = dataset.features
         if features is not None:
-            if text_field not in features:
-                raise UserError(f"--text-field {text_field}: {name} has no such column, only {', '.join(features)}")
-            if getattr(features[text_field], "dtype", None) not in ("string", "large_string", "string_view"):
-                raise UserError(f"--text-field {text_field}: that column of {name} is not text")
-            dataset = dataset.select_columns([text_field])
+            column, _ = text_column(features.arrow_schema, text_field, name)
+            dataset = dataset.select_columns([column])
         self.dataset, self.name, self.text_field = dataset, name, text_field
         self.identity = {
             "dataset": name,
@@ -95,7 +93,7 @@ class HubStream:
     def __next__(self) -> Row:
         field = self._source.text_field
         try:
-            value = next(self._examples).get(field)
+            value = pick(next(self._examples), field)
             value = Bad(f"the field {field!r} is missing") if value is None else value
         except UnicodeDecodeError:  # ends the iteration, with the state already past the row
             self._open(self._dataset.state_dict())

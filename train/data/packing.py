@@ -32,9 +32,10 @@ from jaxtyping import Int32
 
 from torch_ref.spec.interface import IGNORE, UserError
 from torch_ref.spec.storage import read_json, write_whole
+from train.data.chat import FORMER, ChatFormat, TextRules
 from train.data.corpus import BadRows, Document, Reader, held_out_below, open_source
 from train.data.sources import first_line, package_versions
-from train.data.tokenizer import TextTokenizer, open_tokenizer
+from train.data.tokenizer import TRAINED, TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ next to do."""
 
 KEPT_FILE = "data.json"
 """In the run folder: see `Kept`."""
+RULES = 2
+"""2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not. Runs
+begun before go on by the rules they began with."""
+
 VALIDATION_FILE = "validation.npz"
 """In the run folder: the held-out rows."""
 
@@ -64,6 +69,8 @@ class DataOptions:
     dataset_revision: str | None = None
     """Of a Hub dataset; None: the newest when the run starts, kept from then on."""
     text_field: str = "text"
+    document_bytes: int = 0
+    """Text files are cut into documents of at most so many bytes; 0: each is one."""
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"
     """A folder, a name on the Hub, or `bpe`: trained on the corpus."""
     vocab_size: int = 49152
@@ -162,8 +169,7 @@ def tokenized_documents(
         for part, encoded in parts:
             for number, (document, ids) in enumerate(zip(part.documents, encoded, strict=True), part.first):
                 position = {"epoch": part.epoch, "window": part.window, "stream": part.stream, "document": number}
-                ids.append(tokenizer.eot_id)
-                yield position, np.array(ids, np.int32), document.place
+                yield position, np.append(ids, np.int32(tokenizer.eot_id)), document.place
 
 
 def read_parts(reader: Reader, options: DataOptions, cursor: dict) -> Iterator[Part]:
@@ -186,7 +192,7 @@ def read_parts(reader: Reader, options: DataOptions, cursor: dict) -> Iterator[P
         reader.close()
 
 
-def tokenized(parts: Iterator[Part], tokenizer: TextTokenizer) -> Iterator[tuple[Part, list[list[int]]]]:
+def tokenized(parts: Iterator[Part], tokenizer: TextTokenizer) -> Iterator[tuple[Part, list[np.ndarray]]]:
     """Each part with its documents' ids. While one is used, the next are read and tokenized; an error in reading is
     raised after the parts before it."""
     pending: deque[tuple[Part, Future]] = deque()
@@ -199,8 +205,7 @@ def tokenized(parts: Iterator[Part], tokenizer: TextTokenizer) -> Iterator[tuple
                 except Exception as error:
                     failure = error
                 else:
-                    texts = [document.text for document in part.documents]
-                    pending.append((part, pool.submit(tokenizer.encode_batch, texts)))
+                    pending.append((part, pool.submit(tokenizer.encode_documents, part.documents)))
             if not pending:
                 raise failure
             part, encoded = pending.popleft()
@@ -278,6 +283,8 @@ class Kept(NamedTuple):
     dataset: str | None = None
     revision: str | None = None
     tokenizer: str | None = None
+    rules: int = 1
+    """Of files and rows, see `RULES`; a file without them is of a run begun before there were others."""
 
 
 class Data:
@@ -286,23 +293,45 @@ class Data:
     def __init__(self, options: DataOptions, folder: Path, resume: bool):
         self.options = options
         self._bad_rows = BadRows()
-        kept = _read_kept(folder) if resume else Kept()
+        kept = _read_kept(folder) if resume else Kept(rules=RULES)
+        former = kept.rules < RULES
         revision = options.dataset_revision or (kept.revision if kept.dataset == options.dataset else None)
         self.source = open_source(
-            options.dataset, options.dataset_config, revision, options.text_field, folder, keep=resume
+            options.dataset,
+            options.dataset_config,
+            revision,
+            options.text_field,
+            folder,
+            keep=resume,
+            document_bytes=options.document_bytes,
+            former=former,
         )
+        self.notes: list[str] = list(getattr(self.source, "notes", ()))
+        """What the log is to say of the data."""
+        keep_tokenizer = kept.tokenizer == options.tokenizer
+        tokenizer = None
+        if options.tokenizer != TRAINED:
+            tokenizer = open_tokenizer(options.tokenizer, options.vocab_size, (), folder, keep_tokenizer)
+        self.rules = FORMER if former else TextRules(tokenizer.chat if tokenizer else ChatFormat())
+        first = None if former else next(iter(self._reader(lambda document: True)), None)
+        chats = first is not None and first.is_chat
+        if not chats:
+            self.rules = self.rules._replace(chat=None)
         bound = 0
         if options.validation_rows:
             bound = held_out_below(self._reader(lambda document: True), options.validation_fraction)
             if not bound:
-                log.warning("the corpus has but one document: nothing is held out for validation")
+                self.notes.append(
+                    "there is but one document, so nothing is held out for validation; --document-bytes cuts text "
+                    "files into several"
+                )
         self.is_training = lambda document: document.digest >= bound
-        self.tokenizer = open_tokenizer(
-            options.tokenizer,
+        self.tokenizer = tokenizer or open_tokenizer(
+            TRAINED,
             options.vocab_size,
             (document.text for document in self._reader(self.is_training)),
             folder,
-            keep=kept.tokenizer == options.tokenizer,
+            keep_tokenizer,
         )
         self.identity: dict = {
             **self.source.identity,
@@ -311,10 +340,15 @@ class Data:
             "shuffle": f"windows of {options.shuffle_window}, seed {options.seed}",
             "versions": {**self.source.identity["versions"], **package_versions("tokenizers")},
         }
+        if not former:
+            self.identity["rules"] = RULES
+        if chats:
+            self.identity["chats"] = self.rules.chat.identity
+            self.notes.append(f"chats, {self.rules.chat.in_words}")
         self.validation, self.validation_bytes = self._kept_validation(bound, folder, resume)
         if not resume or not all((folder / name).exists() for name in (KEPT_FILE, "tokenizer.json")):
             self.tokenizer.save(folder)
-            kept = Kept(options.dataset, self.identity.get("revision"), options.tokenizer)
+            kept = Kept(options.dataset, self.identity.get("revision"), options.tokenizer, kept.rules)
             write_whole(folder / KEPT_FILE, (json.dumps(kept._asdict(), indent=2) + "\n").encode())
 
     @property
@@ -328,7 +362,7 @@ class Data:
         return Prefetcher(pack(reader, self.tokenizer, self.options, cursor), self.options.prefetch, reader.stop)
 
     def _reader(self, keep: Callable[[Document], bool]) -> Reader:
-        return Reader(self.source, keep, self._bad_rows, self.options.data_retries, self.options.retry_wait)
+        return Reader(self.source, keep, self._bad_rows, self.options.data_retries, self.options.retry_wait, self.rules)
 
     def _kept_validation(self, bound: int, folder: Path, resume: bool) -> tuple[Rows, int]:
         """The held-out rows and their size in bytes, from the run folder or else made and kept there."""
@@ -357,7 +391,7 @@ class Data:
         while bound:
             documents, state = reader.read(state, 8)
             for document in documents:
-                ids = self.tokenizer.encode(document.text) + [self.tokenizer.eot_id]
+                ids = [*self.tokenizer.encode_documents([document])[0].tolist(), self.tokenizer.eot_id]
                 text = document.text
                 if len(ids) > room and size == 0:
                     ids, text = self.tokenizer.cut(ids, room)
@@ -385,6 +419,6 @@ def open_data(options: DataOptions, folder: Path, resume: bool = False) -> Data:
 def _read_kept(folder: Path) -> Kept:
     file = folder / KEPT_FILE
     try:
-        return Kept(**read_json(file)) if file.exists() else Kept()
+        return Kept(**read_json(file)) if file.exists() else Kept(rules=RULES)
     except (UserError, TypeError) as error:
         raise UserError(f"{file}: damaged ({error}); remove it: what the data are is then looked up again") from error

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
+from torch_ref.spec.storage import user_path
 from train.data.packing import DataOptions
 from train.run.schedule import Schedule
 
@@ -79,13 +80,15 @@ class CorpusOptions:
     # Which text, in which order and as which tokens, is compared by content on resume (`Data.identity`), not by name:
     # a run may go on where its files lie elsewhere.
     dataset: str = "HuggingFaceTB/smollm-corpus"
-    """python-docs (comes with Python), a file, folder or glob of text, jsonl or parquet, or a Hub name."""
+    """python-docs (comes with Python), files, a folder or a glob (see docs/data.md), or a Hub name."""
     dataset_config: str | None = None
     """Configuration of a Hub dataset. Default: cosmopedia-v2 for smollm-corpus, none for others."""
     dataset_revision: str | None = None
     """Of a Hub dataset. Default: the newest when the run starts, kept from then on."""
     text_field: str = "text"
-    """Column or key that holds the text."""
+    """Column, key or nested field (doc.text) that holds text, a list of texts, or a chat (messages)."""
+    document_bytes: int = 0
+    """Cut .txt and .md files into documents of at most so many bytes, at blank lines; 0: a file is a document."""
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"
     """A Hub name, a local folder, or bpe: byte-level, as large as the model's vocabulary, trained on the corpus."""
     seq_len: int = trajectory(2048)
@@ -180,6 +183,9 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     """Sizes of the model."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                object.__setattr__(self, name, user_path(value))
         at_least_one = (
             "steps batch_size micro_batch_size seq_len loss_chunk shuffle_window checkpoint_interval sample_tokens "
             "max_skipped_steps"
@@ -203,6 +209,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             "batch_size",
             f"must be a multiple of --micro-batch-size {self.micro_batch_size}",
         )
+        self._require(self.document_bytes == 0 or self.document_bytes >= 256, "document_bytes", "must be 0 or from 256")
         self._require(bool(self.prompt), "prompt", "must not be empty")
         self._require(
             self.seq_len <= self.model.max_position,
@@ -290,6 +297,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             dataset_config=config,
             dataset_revision=self.dataset_revision,
             text_field=self.text_field,
+            document_bytes=self.document_bytes,
             tokenizer=self.tokenizer,
             vocab_size=self.model.vocab_size,
             seq_len=self.seq_len,

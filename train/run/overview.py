@@ -22,6 +22,7 @@ def overview(options: Options, backend: Backend, data: Data, run_dir: Path) -> s
         f"experts {compute.moe}, rematerialisation {compute.remat}\n"
         f"Data: {options.dataset}, tokenizer {options.tokenizer} of {data.tokenizer.vocab_size:,} tokens, "
         f"{len(data.validation[0])} validation rows\n"
+        f"{''.join(f'Data: {note}{chr(10)}' for note in data.notes)}"
         f"Batch: {options.batch_size} x {options.seq_len} = {tokens:,} tokens a step, accumulated over "
         f"{options.micro_batches} batches\n"
         f"{disk_estimate(options, run_dir)}"

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import Sampling, TrainingState, UserError
 from torch_ref.spec.parameters import Parameter, parameter_table
+from torch_ref.spec.storage import with_user_paths
 from train.command_line import first_sentence
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.state.source import Source, locate, open_state
@@ -86,7 +87,8 @@ def parse_flags(options: type[Flags], prog: str, argv: Sequence[str] | None) -> 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+            return with_user_paths(parsed)
     except SystemExit as stop:
         if stop.code:
             raise UserError(f"{first_sentence(said.getvalue())}; --help lists the options") from None
@@ -171,8 +173,7 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     from flax_model.model import from_values, merge
 
     place = resolve_device(device)
-    compute = ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype)
-    compute = resolve_compute(compute, place, state.model_config)
+    compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
     jax.config.update("jax_default_device", place)
     if compute.dtype == "float64":
         jax.config.update("jax_enable_x64", True)

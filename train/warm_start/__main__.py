@@ -22,7 +22,7 @@ from rich.console import Console
 
 from torch_ref.spec.config import PRESETS, ModelConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import write_json
+from torch_ref.spec.storage import with_user_paths, write_json
 from train.command_line import first_sentence
 from train.data.packing import Data, open_data
 from train.data.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> WarmStartOptions:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(WarmStartOptions, prog="python -m train.warm_start", args=argv)
+            return with_user_paths(tyro.cli(WarmStartOptions, prog="python -m train.warm_start", args=argv))
     except SystemExit as stop:
         if stop.code:
             raise UserError(first_sentence(said.getvalue())) from None

@@ -1,0 +1,144 @@
+"""Which files a path, a folder or a glob names: what is left out and said, links, odd names, home folders."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from torch_ref.spec.interface import UserError
+from train import command_line
+from train.data.corpus import Reader
+from train.data.sources import FileSource
+from train.data.tokenizer import load_tokenizer, train_tokenizer
+
+LINE = b'{"text": "a line"}\n'
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return folder
+
+
+def names_of(pattern, **settings):
+    return list(FileSource(str(pattern), **settings).identity["files"])
+
+
+def test_a_dataset_repository_gives_its_rows_and_says_the_rest(tmp_path):
+    clone = write(
+        tmp_path / "clone",
+        **{
+            "README.md": b"# A dataset card",
+            "docs/usage.md": b"how to",
+            "LICENSE.txt": b"law",
+            "dataset_infos.json": json.dumps({"default": {"features": {}}}).encode(),
+            "config.json": b'{\n  "a": 1\n}',
+            "data/a.jsonl.gz": gzip.compress(LINE),
+            "data/b.json": b'[{"text": "in an array"}]',
+            "data/notes.txt": b"a text among rows",
+            "data/c.pdf": b"%PDF",
+            "script.py": b"print()",
+            ".git/config.json": LINE,
+        },
+    )
+    source = FileSource(str(clone))
+    assert list(source.identity["files"]) == ["data/a.jsonl.gz", "data/b.json", "data/notes.txt"]
+    kinds, left_out = source.notes
+    assert kinds == "3 files: 1 .json, 1 .jsonl.gz, 1 .txt"
+    assert "README.md, docs/usage.md and 0 more" not in left_out
+    for said in (
+        "LICENSE.txt, README.md, docs/usage.md (documentation beside data)",
+        "config.json, dataset_infos.json (no rows with the text field)",
+        "data/c.pdf, script.py (no kind that can be read)",
+    ):
+        assert said in left_out
+    assert ".git" not in left_out
+
+
+def test_a_folder_of_markdown_is_text(tmp_path):
+    assert names_of(write(tmp_path, **{"README.md": b"about", "a.md": b"more", "b.txt": b"x"})) == [
+        "README.md",
+        "a.md",
+        "b.txt",
+    ]
+
+
+def test_what_is_named_is_read(tmp_path):
+    write(tmp_path, **{"README.md": b"about", "a.jsonl": LINE, "b.json": LINE, "c.jsonl": LINE})
+    assert names_of(tmp_path / "*") == ["README.md", "a.jsonl", "b.json", "c.jsonl"]
+    assert names_of(tmp_path / "README.md") == ["README.md"]
+    assert names_of(tmp_path / "[ac].*") == ["a.jsonl", "c.jsonl"]
+    assert names_of(tmp_path, without=[tmp_path / "c.jsonl"]) == ["a.jsonl", "b.json"]
+
+
+def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
+    write(tmp_path, **{"b.json": b'{"body": "x"}\n', "c.pdf": b""})
+    with pytest.raises(UserError, match="b.json .no rows with the text field") as error:
+        FileSource(str(tmp_path))
+    assert "c.pdf (no kind that can be read)" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_many_files_left_out_are_counted(tmp_path):
+    source = FileSource(str(write(tmp_path, **{f"{number}.png": b"" for number in range(9)}, **{"a.txt": b"x"})))
+    assert source.notes == ["1 file (.txt)", "left out: 0.png, 1.png, 2.png and 6 more (no kind that can be read)"]
+
+
+@pytest.mark.parametrize("name", ["t [v2]", "what?", "a*b", "[x", "{y}", "100%"])
+def test_glob_characters_in_real_names(name, tmp_path):
+    write(tmp_path, **{f"{name}/deep/a.txt": b"x", f"{name}/b [1].txt": b"y", "t v/a.txt": b"z", "ab/a.txt": b"z"})
+    assert names_of(tmp_path / name / "*.txt") == ["b [1].txt"]
+    assert names_of(tmp_path / name / "**" / "*.txt") == ["b [1].txt", "deep/a.txt"]
+    assert names_of(tmp_path / name / "b [1].txt") == ["b [1].txt"]
+    assert names_of(tmp_path / name / "b [1].*") == ["b [1].txt"]
+    assert len(names_of(tmp_path / name)) == 2
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path, **{"elsewhere/a.txt": b"x", "corpus/b.txt": b"y"})
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "linked again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "loop").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "corpus" / "c.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    source = FileSource(str(tmp_path / "corpus"))
+    assert list(source.identity["files"]) == ["b.txt", "c.txt", "linked/a.txt"]
+    assert "linked again, loop (a link to a folder searched already)" in source.notes[1]
+    assert "gone.txt (a link to nothing)" in source.notes[1]
+    assert names_of(tmp_path / "corpus", former=True) == ["b.txt", "c.txt"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_home_folder_in_every_path(home):
+    write(home, **{"texts/a.txt": b"at home"})
+    train_tokenizer(["at home"], 300).save(home / "tokenizer")
+    assert [document.text for document in Reader(FileSource("~/texts/*.txt"))] == ["at home"]
+    assert load_tokenizer("~/tokenizer").vocab_size > 256
+    (home / "settings.toml").write_text('resume_from = "~/runs/x"\nsteps = 7\n')
+    options = command_line.parse(["--config=~/settings.toml", "--run-dir=~/runs/y"], "test")
+    assert (options.steps, options.resume_from, options.run_dir) == (7, home / "runs/x", home / "runs/y")
+    assert options.config == home / "settings.toml"
+
+
+def test_a_home_folder_given_to_the_other_commands(home, capsys):
+    from train import convert, evaluate, generate, plot, runs
+
+    for command, arguments in [
+        (plot, ["~/run"]),
+        (runs, ["~/run"]),
+        (convert, ["~/run", "~/x", "--to", "neutral"]),
+        (evaluate, ["~/run", "--data", "~/texts"]),
+        (generate, ["~/run", "--prompt", "x"]),
+    ]:
+        (home / "texts").mkdir(exist_ok=True)
+        (home / "texts" / "a.txt").write_text("x")
+        assert command.main(arguments) == 2
+        assert f"{Path(home)}/run" in capsys.readouterr().err
