@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,8 +42,19 @@ from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.storage import make_folder, write_errors
 from torch_ref.spec.training_state import require_tensors
 
-# orbax logs a traceback from each thread that an error passes on its way to us.
+# An error in writing comes to us by way of orbax's threads and tasks, and each of them logs its traceback.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+def _without_orbax(unraisable: Any, otherwise: Callable = sys.unraisablehook) -> None:
+    """Where a save or a restore fails, orbax leaves coroutines behind, and Python would print a traceback of each."""
+    code = getattr(unraisable.object, "cr_code", None)
+    if code is None or "orbax" not in code.co_filename:
+        otherwise(unraisable)
+
+
+sys.unraisablehook = _without_orbax
 
 TEMPORARY = re.compile(r".+\.orbax-checkpoint-tmp.*")
 """Names of folders that orbax is writing, or was when the process ended."""
@@ -151,7 +164,10 @@ class Checkpoints:
         shutil.rmtree(path)
 
     def close(self) -> None:
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -301,7 +302,7 @@ def test_full_disk_is_reported_and_leaves_no_checkpoint(backend, tmp_path, monke
         monkeypatch.setattr("torch.save", full)
     else:
         monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.finalize", full)
-    with pytest.raises(UserError, match=r"step_1\S*: no space left, 1 MB needed, [\d,]+ MB free; make room"):
+    with pytest.raises(UserError, match=r"step_1\S*: no space left, [\d.]+ kB needed, [\d.,]+ GB free; make room"):
         backend.save(tmp_path, "step_1", META)
         backend.wait()
     assert backend.find(tmp_path) == []
@@ -309,6 +310,41 @@ def test_full_disk_is_reported_and_leaves_no_checkpoint(backend, tmp_path, monke
     path = backend.save(tmp_path, "step_1", META)
     backend.wait()
     assert backend.find(tmp_path) == [(1, path)] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_may_not_grow_so_large_is_reported(backend, tmp_path):
+    """The system's own refusal, as a full disk or a quota makes it: torch hides it behind an error of its zip writer,
+    orbax has it from a thread, as text."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"step_1\S*: larger than files may be here, [\d.]+ kB needed, .* free"):
+            backend.save(tmp_path, "step_1", META)
+            backend.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert backend.find(tmp_path) == []
+    path = backend.save(tmp_path, "step_1", META)
+    backend.wait()
+    assert backend.restore(path) == META
+
+
+def test_a_failed_save_is_noticed_without_waiting_for_it(backend, tmp_path, monkeypatch):
+    if backend.framework != "flax":
+        pytest.skip("torch never saves in the background")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    backend.check_saves()
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.finalize", full)
+    backend.save(tmp_path, "step_1", META)
+    with pytest.raises(UserError, match="step_1: no space left"):
+        for _ in range(500):
+            backend.check_saves()
+            time.sleep(0.01)
+    backend.check_saves()  # told once
 
 
 def test_training_state_crosses_frameworks_exactly(backend):

@@ -184,7 +184,7 @@ def test_a_full_disk_while_logging_is_one_clear_error(stage: Stage, monkeypatch:
         return opened("/dev/full" if path.name == "metrics.jsonl" and mode == "a" else path, mode, **more)
 
     monkeypatch.setattr("train.run.runlog.open", full, raising=False)
-    with pytest.raises(UserError, match=r"/dev/full: no space left, [\d,]+ MB free; make room and start again"):
+    with pytest.raises(UserError, match=r"/dev/full: no space left, .* free; make room and start again"):
         stage.train()
 
 

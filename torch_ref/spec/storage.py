@@ -285,10 +285,10 @@ def _write_error(path: Path, error: BaseException, needed: int | None) -> UserEr
     short = number is None and needed is not None and free is not None and free < needed
     if short or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         limit = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "larger than files may be here"}
-        amount = f", {megabytes(needed)} needed" if needed else ""
-        amount += "" if free is None else f", {megabytes(free)} free"
+        amount = f", {size_in_words(needed)} needed" if needed else ""
+        amount += "" if free is None else f", {size_in_words(free)} free"
         return UserError(f"{path}: {limit.get(number, 'no space left')}{amount}; make room and start again")
-    if number == errno.ENOENT and not Path(path).parent.is_dir():
+    if number == errno.ENOENT:
         return UserError(f"{path}: its folder is gone; was it moved or removed meanwhile?")
     return UserError(f"{path}: could not be written: {os.strerror(number) if number else first_line(error)}")
 
@@ -305,9 +305,12 @@ def unused_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def megabytes(size: int) -> str:
-    """Bytes, rounded up."""
-    return f"{math.ceil(size / 1e6):,} MB"
+def size_in_words(size: int) -> str:
+    """Bytes with three digits and a unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
+    return f"{size / 1e3:.3g} kB"
 
 
 def _errno(error: BaseException | None) -> int | None:

@@ -101,10 +101,11 @@ class Run:
                         self.announce_save()
                         if self.validation_due:
                             self.validate()
-                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
-                            self.save()
                         if self.due(self.options.sample_interval):
                             self.sample()
+                        # Last: a run that goes on from this checkpoint says nothing of the step again.
+                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
+                            self.save()
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
                         if signals.received and not self.finished:

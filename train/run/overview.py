@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.parameters import count_active_parameters, count_parameters
+from torch_ref.spec.storage import size_in_words
 from train.data.packing import Data
 from train.run.options import Options
 
@@ -59,11 +60,3 @@ def require_disk(options: Options, run_dir: Path) -> None:
             f"--run-dir {run_dir}: no space left: a checkpoint takes {size_in_words(needed)}, there is room for "
             f"{size_in_words(free)}; make room, or choose another folder"
         )
-
-
-def size_in_words(size: int) -> str:
-    """Bytes with three digits and a unit."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
-    return f"{size / 1e3:.3g} kB"

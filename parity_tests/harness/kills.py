@@ -1,0 +1,181 @@
+"""Kill a run again and again with SIGKILL, let it go on each time, and compare it with the run that nobody disturbed:
+
+    python -m parity_tests.harness.kills torch FOLDER --kills 100
+
+Half of the kills come at a random moment, from the start of the process on; the others the moment a checkpoint is seen
+being written, or a while later. The report says what was lost and whether the joined log is the unbroken one's, bit for
+bit. Processes are forked from one that has imported everything, so that a start takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from parity_tests.support.fakes import small_options
+from train.run.runlog import read_metrics
+
+MAINS = {"flax": "train.flax_main", "torch": "torch_ref.train"}
+INTERVAL = 5
+COMPARED = {
+    "step": ("step", "phase", "loss", "balance_loss", "grad_norm", "learning_rate", "tokens_seen", "expert_counts"),
+    "validation": ("step", "loss", "bits_per_byte", "best_step", "stale_validations"),
+    "sample": ("step", "text"),
+}
+
+
+def settings(folder: Path, steps: int) -> Path:
+    """A settings file, and the text it names."""
+    words = "the model reads a row of tokens and says which one comes next while experts share the work".split()
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(words, 60)) + "." for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = small_options(
+        dataset=str(folder / "text.jsonl"),
+        tokenizer="bpe",
+        validation_fraction=0.1,
+        learning_rate=0.01,
+        seq_len=16,
+        steps=steps,
+        extended_steps=5,
+        warmup_steps=10,
+        checkpoint_interval=INTERVAL,
+        keep_checkpoints=2,
+        eval_interval=4,
+        sample_interval=7,
+        tensorboard=True,
+        device="cpu",
+    )
+    file = folder / "settings.toml"
+    file.write_text(options.to_toml())
+    return file
+
+
+def start(framework: str, argv: list[str], output: Path) -> int:
+    """Fork a process that trains; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        with open(output, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = importlib.import_module(MAINS[framework]).main(argv)
+    finally:
+        os._exit(code)
+
+
+def being_written(run_dir: Path) -> bool:
+    """Whether a checkpoint is on its way."""
+    folders = (run_dir / "checkpoints", run_dir / "best")
+    return any("tmp" in p.name or p.suffix == ".partial" for f in folders if f.is_dir() for p in f.iterdir())
+
+
+def last_step(run_dir: Path) -> int:
+    try:
+        return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    except Exception:
+        return 0
+
+
+def numbers(run_dir: Path) -> list[tuple]:
+    """What must be equal bit for bit."""
+    records = [record for record in read_metrics(run_dir) if record["kind"] in COMPARED]
+    return [(r["kind"], *(json.dumps(r[name]) for name in COMPARED[r["kind"]])) for r in records]
+
+
+def resumed_at(said: bytes) -> int | None:
+    """The step that a process said it goes on from; None if it did not come so far."""
+    for line in said.decode().splitlines():
+        if line.startswith("Resuming from "):
+            return int(line.rpartition(" ")[2])
+        if line.startswith("Starting from "):
+            return 0
+    return None
+
+
+def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed: int) -> dict:
+    """Returns the report; raises AssertionError where a run ended by itself in another way than complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str((folder / "compiled").absolute())
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    argv = ["--config", str(settings(folder, steps))]
+    importlib.import_module(MAINS[framework])
+    importlib.import_module({"flax": "flax_model.backend", "torch": "torch_ref.backend"}[framework])
+    straight, broken = folder / "straight", folder / "broken"
+    process = start(framework, [*argv, "--run-dir", str(straight)], folder / "straight.out")
+    began = time.monotonic()
+    assert os.waitpid(process, 0)[1] == 0, (folder / "straight.out").read_text()[-2000:]
+    seconds = time.monotonic() - began
+
+    draw, when, lost, unsure, damaged = random.Random(seed), Counter(), [], 0, 0
+    before, output, ready = 0, folder / "broken.out", 3.0
+    for number in range(kills):
+        size = output.stat().st_size if output.exists() else 0
+        process = start(framework, [*argv, "--run-dir", str(broken)], output)
+        began = time.monotonic()
+        if draw.random() < 0.5:
+            kind, until = "at a random moment", began + draw.uniform(0.05, ready + 1.0)
+            while time.monotonic() < until and not os.waitpid(process, os.WNOHANG)[0]:
+                time.sleep(0.001)
+        else:
+            kind = "while a checkpoint was written"
+            while time.monotonic() < began + ready + draw.uniform(0, 1):  # some steps on, so that the run advances
+                time.sleep(0.001)
+            while not being_written(broken) and time.monotonic() < began + 60:
+                pass
+            time.sleep(draw.choice((0, 0, 0.001, 0.003, 0.01)))
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        assert os.WIFSIGNALED(status), f"kill {number}: it had ended by itself: {output.read_text()[-2000:]}"
+        said = output.read_bytes()[size:]
+        when[kind] += 1
+        damaged += b"not a whole checkpoint" in said
+        resumed = resumed_at(said)
+        if resumed is None:
+            unsure += 1
+        else:
+            lost.append(before - resumed)
+            ready = min(ready, max(0.5, time.monotonic() - began))
+        before = max(last_step(broken), before if resumed is None else 0)
+    process = start(framework, [*argv, "--run-dir", str(broken)], output)
+    assert os.waitpid(process, 0)[1] == 0, output.read_text()[-2000:]
+    return {
+        "framework": framework,
+        "kills": dict(when),
+        "steps when the last kill came": before,
+        "before it had said where it goes on": unsure,
+        "most steps done again": max(lost),
+        "half-written checkpoints chosen": damaged,
+        "joined log equals the unbroken one": numbers(broken) == numbers(straight),
+        "seconds of the unbroken run": round(seconds, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.kills", description=__doc__.splitlines()[0])
+    parser.add_argument("framework", choices=MAINS)
+    parser.add_argument("folder", type=Path, help="a new folder for the runs")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    report = kill_and_compare(options.framework, options.folder, options.kills, options.steps, options.seed)
+    print(json.dumps(report, indent=2))
+    return 0 if report["joined log equals the unbroken one"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Let writes fail while a run trains (a disk that is full, a folder that is read-only or gone), mend it, go on, and
+compare with the run that nobody disturbed:
+
+    unshare --map-root-user --mount python -m parity_tests.harness.write_faults torch FOLDER
+
+In a mount namespace of its own, which `unshare` makes, so that the disks it mounts are seen by nobody else and need no
+privilege. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from parity_tests.harness.kills import MAINS, numbers, settings
+from torch_ref.spec.interface import UserError
+
+STEPS, AT_STEP = 16, 11
+"""The fault comes before the step that ends in a third save; the two before it are whole."""
+
+
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True)
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int) -> Callable[[], None]:
+    """Fill the disk of a folder but for so many bytes; returns the mend."""
+    filler = folder / "filler"
+    free = shutil.disk_usage(folder).free
+    with open(filler, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave)
+    return filler.unlink
+
+
+def make_read_only(folder: Path) -> Callable[[], None]:
+    """What opens a file below the folder from now on finds it read-only; returns the mend."""
+    mount("--bind", folder, folder)
+    mount("-o", "remount,bind,ro", folder)
+    return lambda: unmount(folder)
+
+
+def move_away(folder: Path) -> Callable[[], None]:
+    elsewhere = folder.with_name("moved")
+    folder.rename(elsewhere)
+
+    def mend() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        elsewhere.rename(folder)
+
+    return mend
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Callable[[], None]], str]] = {
+    "disk full at a checkpoint": (lambda run: fill(run.parent, 24_000), "no space left"),
+    "disk full at a log line": (lambda run: fill(run.parent, 0), "no space left"),
+    "checkpoints read-only": (lambda run: make_read_only(run / "checkpoints"), "Read-only file system"),
+    "best read-only": (lambda run: make_read_only(run / "best"), "Read-only file system"),
+    "run folder read-only": (lambda run: make_read_only(run), "Read-only file system"),
+    "run folder moved away": (move_away, "its folder is gone; was it moved or removed meanwhile?"),
+}
+"""What happens to a run folder, and what the user is told."""
+
+
+def train(framework: str, argv: list[str], before_step: Callable[[int], None]) -> tuple[int, str, int]:
+    """Exit code, what went to standard error, and the steps that were done."""
+    name = {"flax": "flax_model", "torch": "torch_ref"}[framework]
+    owner = getattr(importlib.import_module(f"{name}.backend"), f"{framework.capitalize()}Backend")
+    step, done = owner.step, []
+
+    def watched(self, *rows):
+        before_step(self.steps_done + 1)
+        result = step(self, *rows)
+        done.append(self.steps_done)
+        return result
+
+    owner.step, errors = watched, io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            code = importlib.import_module(MAINS[framework]).main(argv)
+    finally:
+        owner.step = step
+    return code, errors.getvalue(), max(done, default=0)
+
+
+def report(framework: str, folder: Path) -> dict[str, dict]:
+    """For each of `FAULTS` what was said, when, and whether the mended run became the unbroken one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = ["--config", str(settings(folder, STEPS)), "--eval-interval", "6"]
+    code, said, _ = train(framework, [*argv, "--run-dir", str(folder / "straight")], lambda step: None)
+    assert code == 0, said
+    expected, found = numbers(folder / "straight"), {}
+    for name, (make, _) in FAULTS.items():
+        disk = folder / name.replace(" ", "-")
+        disk.mkdir()
+        mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", disk)
+        run, mends = disk / "run", []
+
+        def before_step(step: int, make=make, run=run, mends=mends) -> None:
+            if step == AT_STEP:
+                mends.append(make(run))
+
+        code, said, last = train(framework, [*argv, "--run-dir", str(run)], before_step)
+        threads = [thread.name for thread in threading.enumerate() if "tensorboard" in thread.name.lower()]
+        for mend in mends:
+            mend()
+        again, said_again, _ = train(framework, [*argv, "--run-dir", str(run)], lambda step: None)
+        found[name] = {
+            "exit code": code,
+            "said": said,
+            "steps after the fault": last - AT_STEP + 1,
+            "exit code after the mend": again,
+            "said after the mend": said_again,
+            "equals the unbroken run": again == 0 and numbers(run) == expected,
+            "threads left": threads,
+        }
+        unmount(disk)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.write_faults")
+    parser.add_argument("framework", choices=MAINS)
+    parser.add_argument("folder", type=Path, help="a new folder for the runs")
+    options = parser.parse_args()
+    try:
+        print(json.dumps(report(options.framework, options.folder), indent=2))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
