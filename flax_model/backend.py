@@ -94,7 +94,7 @@ class FlaxBackend:
     ) -> None:
         self._device = resolve_device(device)
         self.model_config = model_config
-        self.compute = resolve_compute(compute, self._device)
+        self.compute = resolve_compute(compute, self._device, model_config)
         self.optimizer_config = optimizer
         if self.compute.param_dtype == "float64":
             jax.config.update("jax_enable_x64", True)

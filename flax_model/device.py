@@ -16,10 +16,11 @@ import platform
 
 import jax
 
+from flax_model import grouped_kernels
 from flax_model.attention import ATTENTION_PATHS
 from flax_model.moe import EXPERT_PATHS
 from flax_model.sharding import AXES, MeshShape
-from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
 
@@ -70,8 +71,9 @@ def default_dtype(device: jax.Device) -> str:
 
 
 def _has_bfloat16(device: jax.Device) -> bool:
-    """NVIDIA GPUs from Ampere (8.0) on."""
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8
+    """NVIDIA GPUs from Ampere (8.0) on. Other makers' capabilities are names, such as gfx942."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and capability.replace(".", "").isdecimal() and float(capability) >= 8
 
 
 def available_memory(device: jax.Device) -> int | None:
@@ -82,19 +84,33 @@ def available_memory(device: jax.Device) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
 
 
-def resolve_compute(compute: ComputeConfig, device: jax.Device) -> ComputeConfig:
-    """`auto` paths replaced by the device's. Raises `UserError` on a path or dtype that does not exist there."""
+def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelConfig) -> ComputeConfig:
+    """`auto` paths replaced by the fastest that the device has for these sizes. Raises `UserError` on a path or dtype
+    that does not exist there."""
     on_cpu = device.platform == "cpu"
     if compute.dtype == "float64" and not on_cpu:
         raise UserError("--dtype float64: only on the CPU; use --device cpu")
     attention, moe = compute.attention, compute.moe
+    half_on_gpu = _has_bfloat16(device) and compute.dtype == "bfloat16"
+    even_heads = config.qk_head_dim % 8 == 0 and config.qk_head_dim <= 128
+    has_kernels = _has_bfloat16(device) and grouped_kernels.takes(config.hidden_size, config.moe_intermediate_size)
     if attention == "auto":
-        attention = "cudnn" if _has_bfloat16(device) and compute.dtype == "bfloat16" else "blocked"
+        attention = "cudnn" if half_on_gpu and even_heads else "blocked"
     if moe == "auto":
-        moe = "grouped" if on_cpu else "blocks"
+        moe = "grouped" if on_cpu else "pallas" if has_kernels else "blocks"
     for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
         if path not in paths:
             raise UserError(f"--{option} {path}: Flax has {', '.join(paths)}")
-    if attention == "cudnn" and not (_has_bfloat16(device) and compute.dtype == "bfloat16"):
+    if attention == "cudnn" and not half_on_gpu:
         raise UserError("--attention cudnn: needs --dtype bfloat16 and an NVIDIA GPU from 2020 on; use blocked")
+    if attention == "cudnn" and not even_heads:
+        raise UserError(
+            f"--attention cudnn: takes heads of 8, 16, ..., 128 values, not {config.qk_head_dim} (--qk-nope-head-dim + "
+            "--qk-rope-head-dim); use blocked"
+        )
+    if moe == "pallas" and not (on_cpu or has_kernels):
+        raise UserError(
+            "--moe pallas: needs an NVIDIA GPU from 2020 on, and --hidden-size and --moe-intermediate-size that 16 "
+            "divides; use blocks"
+        )
     return dataclasses.replace(compute, attention=attention, moe=moe)

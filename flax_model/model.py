@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
-from flax_model.attention import Attention
+from flax_model.attention import Attention, is_fused_attention
 from flax_model.layers import RMSNorm, Stack, SwiGLU, wide
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
@@ -133,6 +133,8 @@ def run_layers(
     # cheaper to repeat than to write and read (3 GB less at 2048 tokens of `smol-774m`).
     kept = {"off": ("attention", "swiglu", "experts"), "experts": ("attention", "swiglu"), "layers": ()}[compute.remat]
     policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    if "attention" in kept:
+        policy = jax.checkpoint_policies.save_from_both_policies(policy, is_fused_attention)
     one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=not compute.scan_layers)
     if compute.scan_layers:
         return jax.lax.scan(one_layer, x, state)

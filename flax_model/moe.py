@@ -8,7 +8,8 @@
 The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`, where a choice of
 expert `experts`, one past the last, stands for none (of this device: `expert_parallel.py`):
 `dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
-active experts; `blocks` does so without branches, for GPUs. Twin of `torch_ref/moe.py`.
+active experts; `pallas` does so in kernels of its own for NVIDIA GPUs, `blocks` without kernels or branches. Twin of
+`torch_ref/moe.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from flax_model import grouped_kernels
 from flax_model.expert_parallel import experts_exchanged
 from flax_model.layers import Stack, SwiGLU, wide
 from torch_ref.spec.config import ModelConfig
@@ -281,34 +283,34 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     layers can be rematerialised around it)."""
     tokens, topk = routing.chosen.shape
     experts = gate.shape[0]
-    flat = routing.chosen.reshape(-1)
-    one_hot = (flat[:, None] == jnp.arange(experts)).astype(jnp.int32)
-    counts = one_hot.sum(0)
-    block_ends = jnp.cumsum((counts + BLOCK - 1) // BLOCK)
-    first_row = (block_ends - (counts + BLOCK - 1) // BLOCK) * BLOCK
-    # A choice's row: where its expert starts, plus how many earlier choices took the same expert.
-    rank = ((jnp.cumsum(one_hot, axis=0) - 1) * one_hot).sum(1)
-    blocks = min(-(-tokens * topk // BLOCK) + experts, experts * -(-tokens // BLOCK))
-    # The choice of an expert that is not here (`experts`) has no row.
-    slot = jnp.where(flat < experts, first_row[flat] + rank, blocks * BLOCK)
-    expert_of_block = jnp.minimum((jnp.arange(blocks)[:, None] >= block_ends).sum(1), experts - 1)
-
-    source = jnp.full(blocks * BLOCK, tokens * topk).at[slot].set(jnp.arange(tokens * topk))
+    blocks = grouped_kernels.cut_blocks(routing.chosen, experts, BLOCK)
     padded = jnp.concatenate((jnp.repeat(x, topk, axis=0), jnp.zeros((1, x.shape[1]), x.dtype)))
-    rows = padded[source].reshape(blocks, BLOCK, -1)
+    rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
-    pick = (expert_of_block[:, None] == jnp.arange(experts)).astype(x.dtype)
+    pick = (blocks.expert[:, None] == jnp.arange(experts)).astype(x.dtype)
 
     def product(rows, weight):
         return jnp.einsum("bri,boi->bro", rows, jnp.einsum("be,eoi->boi", pick, weight.astype(x.dtype)))
 
     gated, raised = checkpoint_name((product(rows, gate), product(rows, up)), "experts")
-    out = product(jax.nn.silu(gated) * raised, down).reshape(blocks * BLOCK, -1)
-    per_choice = wide(out[slot].reshape(tokens, topk, -1)) * routing.weights[..., None]
+    out = product(jax.nn.silu(gated) * raised, down).reshape(-1, x.shape[1])
+    per_choice = wide(out[blocks.slot].reshape(tokens, topk, -1)) * routing.weights[..., None]
     return per_choice.sum(1).astype(x.dtype)
 
 
-EXPERT_PATHS = {"dense": experts_dense, "grouped": experts_grouped, "blocks": experts_blocks}
+def experts_pallas(x, routing: Routing, gate, up, down, remat: bool) -> Float[Array, "tokens hidden"]:
+    """Rows in blocks as in `blocks`, by kernels that read each block's weight in place (`grouped_kernels.py`). Where
+    Triton does not compile for, the kernels are interpreted: slow, and good for tests."""
+    blocks = grouped_kernels.cut_blocks(routing.chosen, gate.shape[0], grouped_kernels.ROW_BLOCK)
+
+    def run(interpret: bool, *arrays):
+        return grouped_kernels.swiglu_in_blocks(remat, interpret, blocks, *arrays)
+
+    arrays = x, routing.weights, gate, up, down
+    return jax.lax.platform_dependent(*arrays, cuda=partial(run, False), default=partial(run, True))
+
+
+EXPERT_PATHS = {"dense": experts_dense, "grouped": experts_grouped, "blocks": experts_blocks, "pallas": experts_pallas}
 
 
 class MoEOutput(NamedTuple):

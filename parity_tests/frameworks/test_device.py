@@ -16,6 +16,8 @@ from torch_ref.spec.config import PRESETS, ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import choose_remat, host_memory_available, step_bytes
 
+FULL = PRESETS["smol-774m"]
+
 
 @pytest.fixture
 def device():
@@ -185,12 +187,12 @@ def test_flax_devices_and_paths():
         assert device.resolve_device("auto") == cpu
         with pytest.raises(UserError, match="--device cuda"):
             device.resolve_device("cuda")
-    compute = device.resolve_compute(ComputeConfig(), cpu)
+    compute = device.resolve_compute(ComputeConfig(), cpu, CONFIG)
     assert (compute.attention, compute.moe) == ("blocked", "grouped")
     with pytest.raises(UserError, match="--attention cudnn"):
-        device.resolve_compute(ComputeConfig(attention="cudnn"), cpu)
+        device.resolve_compute(ComputeConfig(attention="cudnn"), cpu, CONFIG)
     with pytest.raises(UserError, match="--moe fast: Flax has .*grouped"):
-        device.resolve_compute(ComputeConfig(moe="fast"), cpu)
+        device.resolve_compute(ComputeConfig(moe="fast"), cpu, CONFIG)
 
 
 def test_flax_choices_on_gpus():
@@ -201,15 +203,25 @@ def test_flax_choices_on_gpus():
     def gpu(capability):
         return Mock(spec=jax.Device, platform="gpu", compute_capability=capability)
 
-    new, old = gpu("9.0"), gpu("7.5")
-    assert (device.default_dtype(new), device.default_dtype(old)) == ("bfloat16", "float32")
-    paths = {}
-    for name, where, dtype in (("half", new, "bfloat16"), ("single", new, "float32"), ("old", old, "bfloat16")):
-        compute = device.resolve_compute(ComputeConfig(dtype), where)
-        paths[name] = compute.attention, compute.moe
-    assert paths == {"half": ("cudnn", "blocks"), "single": ("blocked", "blocks"), "old": ("blocked", "blocks")}
+    def paths(where, dtype, **sizes):
+        compute = device.resolve_compute(ComputeConfig(dtype), where, dataclasses.replace(FULL, **sizes))
+        return compute.attention, compute.moe
+
+    new, old, amd = gpu("9.0"), gpu("7.5"), gpu("gfx942")
+    assert [device.default_dtype(each) for each in (new, old, amd)] == ["bfloat16", "float32", "float32"]
+    assert paths(new, "bfloat16") == ("cudnn", "pallas")
+    assert paths(new, "float32") == ("blocked", "pallas")
+    assert paths(old, "bfloat16") == paths(amd, "bfloat16") == ("blocked", "blocks")
+    # What the kernels do not take: heads of 12 + 8, an ffn that is no multiple of 16.
+    assert paths(new, "bfloat16", qk_nope_head_dim=12, qk_rope_head_dim=8) == ("blocked", "pallas")
+    assert paths(new, "bfloat16", moe_intermediate_size=1500) == ("cudnn", "blocks")
+    odd = dataclasses.replace(FULL, qk_nope_head_dim=12, qk_rope_head_dim=8, moe_intermediate_size=1500)
+    with pytest.raises(UserError, match="--attention cudnn: .* not 20"):
+        device.resolve_compute(ComputeConfig("bfloat16", attention="cudnn"), new, odd)
+    with pytest.raises(UserError, match="--moe pallas: .*--moe-intermediate-size"):
+        device.resolve_compute(ComputeConfig("bfloat16", moe="pallas"), new, odd)
     with pytest.raises(UserError, match="--dtype float64"):
-        device.resolve_compute(ComputeConfig("float64"), new)
+        device.resolve_compute(ComputeConfig("float64"), new, FULL)
 
 
 def test_remat_is_the_cheapest_that_fits():

@@ -93,7 +93,7 @@ def case_batch(config: ModelConfig, rows: int, seq: int, seed: int = 0) -> tuple
 MODES: dict[str, tuple] = {
     "scan": (True, False),
     "flax_remat": ("off", "experts", "layers"),
-    "flax_moe": ("grouped", "dense", "blocks"),
+    "flax_moe": ("grouped", "dense", "blocks", "pallas"),
     "flax_attention": ("blocked", "plain"),
     "torch_remat": ("off", "experts", "layers"),
     "torch_moe": ("grouped", "dense", "blocks"),

@@ -31,7 +31,7 @@ DEVICES = 8
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2))
 """Sizes of data, fsdp and expert."""
 # Which expert path and rematerialisation each mesh runs with: every one of them occurs.
-COMPUTE = (("grouped", "off"), ("dense", "layers"), ("grouped", "experts"), ("grouped", "off"), ("blocks", "experts"))
+COMPUTE = (("grouped", "off"), ("dense", "layers"), ("grouped", "experts"), ("pallas", "off"), ("blocks", "experts"))
 STEPS, FAULT_STEPS = 20, 1
 ROWS, SEQ = 16, 24
 BOUND = 1e-10

@@ -99,8 +99,12 @@ def expert_gradients(framework, routing, path, remat):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("path, remat", [("grouped", False), ("grouped", True), ("blocks", False)])
+@pytest.mark.parametrize(
+    "path, remat", [("grouped", False), ("grouped", True), ("blocks", False), ("pallas", False), ("pallas", True)]
+)
 def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path, remat):
+    if path == "pallas" and framework == "torch":
+        pytest.skip("Flax only")
     if framework == "flax" and remat and routing != "random":
         pytest.skip("a compilation each; what differs with remat is the same for every routing")
     got, expected = (
@@ -112,6 +116,61 @@ def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path
     experts, chosen = ROUTINGS[routing]
     idle = sorted(set(range(experts)) - set(chosen.ravel().tolist()))
     assert all((gradient[idle] == 0).all() for gradient in got[3:])
+
+
+def kernel_gradients(dtype, path):
+    """Output and gradients for inputs of a dtype; loads differ, one expert is idle, one has more than a block."""
+    import jax.numpy as jnp
+
+    from flax_model import moe
+
+    generator = np.random.default_rng(0)
+    chosen = np.sort(np.argsort(generator.random((200, 5)), axis=1)[:, :2] * [1, 0] + [0, 3], axis=1)
+    chosen[chosen[:, 0] == 3, 0] = 0  # expert 3 has every token, 4 some, the third none
+    chosen[chosen == 2] = 1
+    shapes = ((200, 32), chosen.shape, (5, 48, 32), (5, 48, 32), (5, 32, 48))
+    x, *others = (jnp.asarray(generator.standard_normal(shape) / shape[-1] ** 0.5, "float32") for shape in shapes)
+    upstream = generator.standard_normal((200, 32)).astype("float32")
+
+    def function(x, weights, gate, up, down):
+        routing = moe.Routing(jnp.asarray(chosen), weights, x[:, :1] * 0 + gate[:, 0, 0])
+        return moe.EXPERT_PATHS[path](x, routing, gate, up, down, False)
+
+    return [np.asarray(each, np.float64) for each in flax_gradients(function, [x.astype(dtype), *others], upstream)]
+
+
+KERNEL_BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_BOUNDS)
+def test_kernels_in_the_dtypes_of_gpus(dtype):
+    pytest.importorskip("flax")
+    for got, expected in zip(kernel_gradients(dtype, "pallas"), kernel_gradients(dtype, "dense"), strict=True):
+        assert relative_error(got, expected) <= KERNEL_BOUNDS[dtype]
+
+
+KERNEL_FAULTS = {
+    "each block has the next expert's weight": ("cut_blocks", lambda b: b._replace(expert=(b.expert + 1) % 5)),
+    "a weight's gradient lacks an expert's first block": (
+        "cut_blocks",
+        lambda b: b._replace(first_block=b.first_block.at[3].add(1)),
+    ),
+    "a token gets another's row": ("cut_blocks", lambda b: b._replace(slot=b.slot[::-1])),
+    "rows that fill up a block are not zero": ("_rows", lambda rows: rows + (rows == 0)),
+    "a gradient is half of itself": ("_d_weight", lambda gradient: gradient / 2),
+}
+
+
+@pytest.mark.parametrize("fault", KERNEL_FAULTS)
+def test_faults_in_kernels_are_seen(fault, monkeypatch):
+    pytest.importorskip("flax")
+    from flax_model import grouped_kernels
+
+    name, change = KERNEL_FAULTS[fault]
+    right = getattr(grouped_kernels, name)
+    monkeypatch.setattr(grouped_kernels, name, lambda *arguments: change(right(*arguments)))
+    pairs = zip(kernel_gradients("bfloat16", "pallas"), kernel_gradients("bfloat16", "dense"), strict=True)
+    assert max(relative_error(got, expected) for got, expected in pairs) > 2 * KERNEL_BOUNDS["bfloat16"]
 
 
 LENGTHS = [1, 2, 5, 63, 64, 65, 300]

@@ -142,7 +142,7 @@ class Flax(Ours):
         if "startup" in case.tasks:  # as `train.flax_main` does
             self._backend = partial(FlaxBackend, expected_batch=case.rows()[0].shape)
         self.device = resolve_device(case.device)
-        self.compute = resolve_compute(case.compute, self.device)
+        self.compute = resolve_compute(case.compute, self.device, case.config)
 
     def _count_compiling(self, event: str, seconds: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":

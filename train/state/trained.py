@@ -173,7 +173,8 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     from flax_model.model import from_values, merge
 
     place = resolve_device(device)
-    compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
+    compute = ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype)
+    compute = resolve_compute(compute, place, state.model_config)
     jax.config.update("jax_default_device", place)
     if compute.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
