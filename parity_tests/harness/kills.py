@@ -2,9 +2,10 @@
 
     python -m parity_tests.harness.kills torch FOLDER --kills 100
 
-Half of the kills come at a random moment, from the start of the process on; the others the moment a checkpoint is seen
-being written, or a while later. The report says what was lost and whether the joined log is the unbroken one's, bit for
-bit. Processes are forked from one that has imported everything, so that a start takes a fraction of a second.
+A sixth of the kills come at a random moment of the start, a third while steps, validations and samples go on, and half
+the moment a checkpoint is seen being written, or a few milliseconds later. The report says what was lost and whether
+the joined log is the unbroken one's, bit for bit. Processes are forked from one that has imported everything, so that
+a start takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from train.run.runlog import read_metrics
 
 MAINS = {"flax": "train.flax_main", "torch": "torch_ref.train"}
 INTERVAL = 5
+STARTING, TRAINING, SAVING = KINDS = "while starting", "while training", "while a checkpoint was written"
 COMPARED = {
     "step": ("step", "phase", "loss", "balance_loss", "grad_norm", "learning_rate", "tokens_seen", "expert_counts"),
     "validation": ("step", "loss", "bits_per_byte", "best_step", "stale_validations"),
@@ -82,6 +85,12 @@ def being_written(run_dir: Path) -> bool:
     return any("tmp" in p.name or p.suffix == ".partial" for f in folders if f.is_dir() for p in f.iterdir())
 
 
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+
+
 def last_step(run_dir: Path) -> int:
     try:
         return max((record["step"] for record in read_metrics(run_dir)), default=0)
@@ -121,21 +130,18 @@ def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed:
     seconds = time.monotonic() - began
 
     draw, when, lost, unsure, damaged = random.Random(seed), Counter(), [], 0, 0
-    before, output, ready = 0, folder / "broken.out", 3.0
+    before, output = 0, folder / "broken.out"
     for number in range(kills):
         size = output.stat().st_size if output.exists() else 0
         process = start(framework, [*argv, "--run-dir", str(broken)], output)
-        began = time.monotonic()
-        if draw.random() < 0.5:
-            kind, until = "at a random moment", began + draw.uniform(0.05, ready + 1.0)
-            while time.monotonic() < until and not os.waitpid(process, os.WNOHANG)[0]:
-                time.sleep(0.001)
+        kind = draw.choices(KINDS, (1, 2, 3))[0]
+        if kind == STARTING:
+            time.sleep(draw.uniform(0, 2))
         else:
-            kind = "while a checkpoint was written"
-            while time.monotonic() < began + ready + draw.uniform(0, 1):  # some steps on, so that the run advances
-                time.sleep(0.001)
-            while not being_written(broken) and time.monotonic() < began + 60:
-                pass
+            wait_for(lambda size=size: b"\nStep " in output.read_bytes()[size:])
+            time.sleep(draw.uniform(0, 0.4))
+        if kind == SAVING:
+            wait_for(lambda: being_written(broken))
             time.sleep(draw.choice((0, 0, 0.001, 0.003, 0.01)))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
@@ -148,7 +154,6 @@ def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed:
             unsure += 1
         else:
             lost.append(before - resumed)
-            ready = min(ready, max(0.5, time.monotonic() - began))
         before = max(last_step(broken), before if resumed is None else 0)
     process = start(framework, [*argv, "--run-dir", str(broken)], output)
     assert os.waitpid(process, 0)[1] == 0, output.read_text()[-2000:]

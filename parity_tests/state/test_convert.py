@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, make_backend
+from torch_ref.spec.checkpoint import close_seal
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import TrainingState, UserError
 from torch_ref.spec.parameters import initial_values, parameter_table
@@ -144,7 +145,7 @@ def test_a_faulty_neutral_folder_is_named(tmp_path, fault):
         content["tensors"].remove("first_moment")
     if fault == "shape":
         content["model"]["hidden_size"] = 40
-    (folder / "state.json").write_text(json.dumps(content))
+    (folder / "state.json").write_text(json.dumps(close_seal(content)))
     if fault == "lost file":
         (folder / "second_moment.safetensors").unlink()
     if fault == "cut short":

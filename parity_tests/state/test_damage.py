@@ -3,6 +3,7 @@ the checkpoint is refused as damaged, so that the loop can go on from an earlier
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from parity_tests.support.backends import FRAMEWORKS, arrays, batch, make_backen
 from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.interface import UserError
 from train.convert import main as convert
-from train.state.source import locate, open_state
+from train.state.source import load_checkpoint, locate, open_state
 
 META = {"cursor": {"epoch": 1, "document": 7}, "loss": 3.25, "options": {"seed": 0, "run_dir": None}}
 
@@ -155,6 +156,26 @@ def test_conversion_refuses_damage(saved, tmp_path, capsys, form):
         assert (tmp_path / f"out{part}").exists() == (code == 0)
         refused += code == 2
     assert refused >= 2
+
+
+def test_a_neutral_folder_is_checked_too(saved, tmp_path, capsys, caplog):
+    backend, whole, expected = saved
+    folder = tmp_path / "neutral"
+    assert convert([str(whole), str(folder), "--to", "neutral"]) == 0
+    for file in ("state.json", "weights.safetensors", "first_moment.safetensors", "second_moment.safetensors"):
+        content = (folder / file).read_bytes()
+        for damage in (truncated, emptied, flipped):
+            (folder / file).write_bytes(damage(content))
+            with pytest.raises(UserError, match=file):
+                load_checkpoint(backend, folder)
+        (folder / file).write_bytes(content)
+    assert load_checkpoint(backend, folder) == META
+    got = arrays(backend.state())
+    assert all(np.array_equal(got[name], value) for name, value in expected.items())
+    # One of before, without checksums.
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in content.items() if "checksum" not in k}))
+    assert load_checkpoint(backend, folder) == META and "state.json: written by a version without checks" in caplog.text
 
 
 def test_a_checkpoint_of_before_is_restored_and_the_log_says_what_is_not_checked(saved, tmp_path, monkeypatch, caplog):

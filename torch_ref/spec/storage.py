@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import xxhash
 
 from torch_ref.spec.interface import UserError
 
@@ -62,6 +63,17 @@ def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
     return (bits.astype("<u4") << 16).view("<f4")
 
 
+def checksum(array: np.ndarray) -> str:
+    """Type and shape in words, and the XXH3 of the bytes: 26 GB/s on a core, where CRC-32 has 3."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return f"{described(array.shape, array.dtype)} {xxhash.xxh3_64_hexdigest(flat)}"
+
+
+def described(shape: Iterable[int], dtype: Any) -> str:
+    """A type and a shape in words: `float32 [2, 4]`."""
+    return f"{dtype} {list(shape)}"
+
+
 class TensorWriter:
     """Writes one file of known `specs`; the tensors may come in any order, and none is kept.
 
@@ -82,6 +94,8 @@ class TensorWriter:
         self._header = json.dumps(header, separators=(",", ":")).encode()
         self._header += b" " * (-len(self._header) % 8)
         self._missing = set(self._place)
+        self.checksums: dict[str, str] = {}
+        """Of what was written, by name."""
         self._data_start = 8 + len(self._header)
         self._path, self._size = Path(path), self._data_start + end
 
@@ -99,6 +113,7 @@ class TensorWriter:
             data = np.ascontiguousarray(value, dtype=np.dtype(spec.dtype).newbyteorder("<"))
         self._file.seek(self._data_start + offset)
         self._file.write(data.data)
+        self.checksums[name] = checksum(data)
         self._missing.remove(name)
 
     def __enter__(self) -> TensorWriter:
@@ -120,10 +135,12 @@ class TensorWriter:
 class TensorReader(Mapping[str, np.ndarray]):
     """The tensors of one or more files by name, each read when asked for and not kept. 16-bit floats come as float32.
 
-    Raises `UserError` naming a file that is not `safetensors`, is cut short, or holds a type that is not a float.
+    Raises `UserError` naming a file that is not `safetensors`, is cut short, or holds a type that is not a float; and
+    when a tensor is read that differs from its one of `checksums`, if those are given.
     """
 
-    def __init__(self, *paths: Path) -> None:
+    def __init__(self, *paths: Path, checksums: Mapping[str, str] | None = None) -> None:
+        self._checksums = checksums
         self.specs: dict[str, TensorSpec] = {}
         self._place: dict[str, tuple[Path, int]] = {}
         for path in paths:
@@ -135,6 +152,8 @@ class TensorReader(Mapping[str, np.ndarray]):
         spec, (path, offset) = self.specs[name], self._place[name]
         stored = np.dtype("<u2") if spec.dtype == "bfloat16" else np.dtype(spec.dtype).newbyteorder("<")
         flat = np.fromfile(path, stored, math.prod(spec.shape), offset=offset)
+        if self._checksums is not None and self._checksums.get(name) != checksum(flat.reshape(spec.shape)):
+            raise UserError(f"{path}: damaged: {name} differs from its checksum; write or fetch it again")
         if spec.dtype == "bfloat16":
             flat = from_bfloat16_bits(flat)
         elif spec.dtype == "float16":

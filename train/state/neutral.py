@@ -6,20 +6,25 @@
     second_moment.safetensors
     run/                        of the run it was taken from: settings, tokenizer, identity of the data, metrics
 
-`state.json` is written last and the folder gets its name when whole. Tensors are written and read one at a time.
+`state.json` is written last and the folder gets its name when whole. It holds a checksum of every tensor, and its own.
+Tensors are written and read one at a time.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch_ref.spec.checkpoint import UNSEALED, close_seal, require_seal
 from torch_ref.spec.config import ModelConfig, SpecificationError
 from torch_ref.spec.interface import TrainingState, UserError
 from torch_ref.spec.parameters import Parameter, parameter_table
 from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, fresh_folder, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = "smol-deepseek-state"
 VERSION = 1
@@ -64,10 +69,12 @@ def write_state(folder: Path, state: TrainingState, run: Path | None = None, dty
     """
     tensors = [name for name in TENSORS if getattr(state, name) is not None]
     with fresh_folder(folder) as partial:
-        for name in tensors:
-            write_tensors(
+        checksums = {
+            name: write_tensors(
                 partial / f"{name}.safetensors", rows_of(state.model_config, name), getattr(state, name), dtype
             )
+            for name in tensors
+        }
         if run is not None:
             copy_run_files(run, partial / RUN)
         content = {
@@ -78,16 +85,20 @@ def write_state(folder: Path, state: TrainingState, run: Path | None = None, dty
             "step": state.step,
             "updates": state.updates,
             "meta": state.meta,
+            "checksums": checksums,
         }
-        write_json(partial / "state.json", content)
+        write_json(partial / "state.json", close_seal(content))
 
 
-def write_tensors(path: Path, rows: list[Parameter], values: Mapping[str, Any], dtype: str | None = None) -> None:
-    """One `safetensors` file of these rows, in `dtype` or the type they have."""
+def write_tensors(
+    path: Path, rows: list[Parameter], values: Mapping[str, Any], dtype: str | None = None
+) -> dict[str, str]:
+    """One `safetensors` file of these rows, in `dtype` or the type they have. Returns the tensors' checksums."""
     dtype = dtype or str(values[rows[0].name].dtype)
     with TensorWriter(path, [TensorSpec(row.name, row.shape, dtype) for row in rows]) as writer:
         for row in rows:
             writer.write(row.name, values[row.name])
+    return writer.checksums
 
 
 def is_state(folder: Path) -> bool:
@@ -103,26 +114,33 @@ def read_state(folder: Path) -> TrainingState:
     folder = Path(folder)
     path = folder / "state.json"
     content = read_json(path)
+    require_seal(content, path)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(f"{path}: not a {FORMAT} of version {VERSION}")
     try:
         config = ModelConfig.from_dict(content["model"])
         step, updates, meta = int(content["step"]), int(content["updates"]), dict(content["meta"])
         stored = set(content["tensors"])
+        checksums = content.get("checksums", {})
+        sealed = {name: dict(checksums[name]) for name in stored} if checksums else {}
     except SpecificationError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: incomplete ({error})") from error
     if stored not in ({"weights"}, set(TENSORS)):
         raise UserError(f"{path}: tensors = {sorted(stored)}; needs weights, and both moments or none")
+    if not sealed:
+        log.warning(UNSEALED, path)
     tensors = {
-        name: _read_tensors(folder / f"{name}.safetensors", rows_of(config, name)) for name in TENSORS if name in stored
+        name: _read_tensors(folder / f"{name}.safetensors", rows_of(config, name), sealed.get(name))
+        for name in TENSORS
+        if name in stored
     }
     return TrainingState(config, **tensors, step=step, updates=updates, meta=meta)
 
 
-def _read_tensors(path: Path, rows: list[Parameter]) -> TensorReader:
-    reader = TensorReader(path)
+def _read_tensors(path: Path, rows: list[Parameter], checksums: dict[str, str] | None) -> TensorReader:
+    reader = TensorReader(path, checksums=checksums)
     expected = {row.name: row.shape for row in rows}
     found = {name: spec.shape for name, spec in reader.specs.items()}
     for name in sorted(expected.keys() | found.keys()):
