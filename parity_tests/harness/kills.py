@@ -131,8 +131,9 @@ def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed:
 
     draw, when, lost, unsure, damaged = random.Random(seed), Counter(), [], 0, 0
     before, output = 0, folder / "broken.out"
+    output.touch()
     for number in range(kills):
-        size = output.stat().st_size if output.exists() else 0
+        size = output.stat().st_size
         process = start(framework, [*argv, "--run-dir", str(broken)], output)
         kind = draw.choices(KINDS, (1, 2, 3))[0]
         if kind == STARTING:

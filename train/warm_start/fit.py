@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from torch_ref.checkpoint import load, write_tensors
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE
 from torch_ref.spec.parameters import Parameter, parameter_table
@@ -209,7 +210,7 @@ def distill(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     divergences: list[float] = []
     identity = [steps, batch, attention_rate, mlp_rate, text_weight]
-    if saved.exists() and (state := torch.load(saved, weights_only=True))["settings"] == identity:
+    if saved.exists() and (state := load(saved))["settings"] == identity:
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         for divergence in state["divergences"]:
@@ -243,8 +244,7 @@ def distill(
         if (step + 1) % SAVE_STEPS == 0 or step + 1 == steps:
             weights = {name: parameter.detach() for name, parameter in trained.items()}
             state = {"settings": identity, "weights": weights, "optimizer": optimizer.state_dict()}
-            torch.save(state | {"divergences": divergences}, partial := saved.with_suffix(".partial"))
-            partial.replace(saved)
+            write_tensors(saved, state | {"divergences": divergences})
     model.requires_grad_(True)
     return divergences
 
