@@ -71,7 +71,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_set_aside(stage: Stage, straigh
     assert "Step 11 |" in (stage.run_dir / "training.cut.logs").read_text()
 
 
-def test_a_damaged_only_checkpoint_does_not_begin_the_run_anew(stage: Stage) -> None:
+def test_a_damaged_only_checkpoint_does_not_begin_the_run_anew(stage: Stage, straight: Stage) -> None:
     crash_at(stage, 7)
     cut_short(stage.run_dir / "checkpoints" / "step_5.npz")
     before = contents(stage.run_dir)
@@ -82,11 +82,16 @@ def test_a_damaged_only_checkpoint_does_not_begin_the_run_anew(stage: Stage) -> 
     best = stage.run_dir / "best" / "step_4.npz"
     assert f"--resume-from {best}" in said and "another --run-dir" in said
     assert contents(stage.run_dir) == before and stage.data.given == []
-    # The mend that it names works, and once it is taken the damaged one is out of the way.
+    # The mend that it names works, also if that start ends before it has saved anything.
+    stage.prepare(small_options(resume_from=best))
+    stage.data.fails_at = 4
+    stage.backend.save = lambda *_: best
+    stage.train()
+    assert stage.files("checkpoints") == ["step_5.npz.damaged"]
     stage.prepare(small_options(resume_from=best))
     assert stage.train() == COMPLETE
-    assert stage.losses()[4:] and stage.data.given[0] == 4
-    assert "step_5.npz.damaged" in stage.files("checkpoints")
+    assert stage.losses() == straight.losses() and stage.data.given[0] == 4
+    assert stage.files("checkpoints")[-2:] == ["step_5.npz.damaged", "step_final_15.npz"]
 
 
 def test_checkpoints_that_were_set_aside_are_not_taken_for_a_fresh_folder(stage: Stage) -> None:
@@ -120,12 +125,12 @@ def test_a_run_of_the_other_framework_is_refused_and_left_alone(stage: Stage) ->
         folder.mkdir(parents=True)
         (folder / name).write_text("") if "." in name else (folder / name / "state").mkdir(parents=True)
         with pytest.raises(UserError) as refusal:
-            own_checkpoints(stage.backend, stage.run_dir)
+            own_checkpoints(stage.backend, stage.run_dir, None)
         said = str(refusal.value)
         assert f"--run-dir {stage.run_dir}: holds a run of the {framework} trainer" in said
         assert f"python -m train.convert {stage.run_dir} NEW_FOLDER --to fake" in said
         shutil.rmtree(folder)
-    assert own_checkpoints(stage.backend, stage.run_dir) == []
+    assert own_checkpoints(stage.backend, stage.run_dir, None) == []
 
 
 def test_logs_of_a_run_without_checkpoints_are_set_aside(stage: Stage, straight: Stage) -> None:

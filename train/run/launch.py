@@ -44,7 +44,9 @@ def launch(
         with exclusive(run_dir):
             options, backend = build(options)
             with closing(backend):
-                data = open_data(options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir)))
+                data = open_data(
+                    options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir, options.resume_from))
+                )
                 return Run(options, run_dir, backend, data, write_weights).train()
     except (UserError, SpecificationError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -154,7 +154,7 @@ class Run:
 
     def begin(self) -> str:
         """Put weights, optimizer and progress where the run starts; returns in words where that is."""
-        own = own_checkpoints(self.backend, self.run_dir)
+        own = own_checkpoints(self.backend, self.run_dir, self.options.resume_from)
         if own and self.options.resume_from:
             self._refuse_to_go_back(self.options.resume_from, own)
         if own or self.options.resume_from:

@@ -20,10 +20,11 @@ DAMAGED = ".damaged"
 """Appended to the name of a checkpoint that was set aside."""
 
 
-def own_checkpoints(backend: Backend, run_dir: Path) -> list[tuple[int, Path]]:
-    """Checkpoints of a run folder with their steps, oldest first, whole or not.
+def own_checkpoints(backend: Backend, run_dir: Path, other: Path | None) -> list[tuple[int, Path]]:
+    """Checkpoints of a run folder with their steps, oldest first, whole or not; `other` is one that was asked for.
 
-    Raises `UserError` if the folder holds a run of the other framework, or nothing but checkpoints that were set aside.
+    Raises `UserError` if the folder holds a run of the other framework, or nothing but checkpoints that were set aside
+    and no other was asked for.
     """
     folder = run_dir / "checkpoints"
     own = backend.find(folder)
@@ -38,7 +39,7 @@ def own_checkpoints(backend: Backend, run_dir: Path) -> list[tuple[int, Path]]:
             f"{NAMES.get(here, here)}: python -m train.convert {run_dir} NEW_FOLDER --to {here}"
         )
     damaged = [path for path in entries if DAMAGED in path.name]
-    if damaged:
+    if damaged and other is None:
         raise UserError(_none_is_whole(backend, run_dir, [f"{path.name} was set aside" for path in damaged]))
     return own
 
