@@ -48,18 +48,31 @@ RUNGS = {
 
 @dataclass
 class Report:
+    """What was measured, in the order in which it was; `page` writes it up."""
+
     environment: dict[str, str]
     measurements: list[Measurement] = field(default_factory=list)
     divergences: dict = field(default_factory=dict)
     """dtype -> `training.Divergence`"""
     faults: list = field(default_factory=list)
     """(`Mutation`, the measurement that caught it or None)"""
+    rungs: dict[str, str] = field(default_factory=lambda: RUNGS)
+    heading: str = "Are both frameworks the same model?"
+    traced: str = "trace"
+    """The case whose module outputs are drawn."""
 
     @property
     def passed(self) -> bool:
         return all(each.passed for each in self.measurements) and all(
             fault.shows_at(caught) for fault, caught in self.faults
         )
+
+    def add(self, measurements: list[Measurement], say: Callable[[str], None]) -> None:
+        """Take in measurements, saying of each rung how it went."""
+        self.measurements += measurements
+        for rung in dict.fromkeys(each.rung for each in measurements):
+            farthest = worst([each for each in measurements if each.rung == rung])
+            say(f"{'ok  ' if farthest.passed else 'FAIL'} {farthest}")
 
     def of(self, rung: str, dtype: str) -> list[Measurement]:
         return [each for each in self.measurements if (each.rung, each.dtype) == (rung, dtype)]
@@ -124,10 +137,7 @@ def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[st
     report = Report(environment(torch_device, jax_platform))
 
     def add(measurements: list[Measurement]) -> None:
-        report.measurements += measurements
-        for rung in dict.fromkeys(each.rung for each in measurements):
-            farthest = worst([each for each in measurements if each.rung == rung])
-            say(f"{'ok  ' if farthest.passed else 'FAIL'} {farthest}")
+        report.add(measurements, say)
 
     def fit(case):
         """Paths that were made for the device."""

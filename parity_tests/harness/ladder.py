@@ -7,6 +7,8 @@ the mutation suite and the report all use these functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,32 +18,37 @@ from parity_tests.harness.measure import Measurement, Outcome, Values, relative_
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.parameters import initial_values, parameter_table
 
-FORWARD = {"float64": 1e-12, "float32": 1e-5}
-"""Bounds of modules, hidden states, logits and losses: largest error over largest value."""
+FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-1}
+"""Bounds of modules, hidden states, logits and losses: largest error over largest value. In bfloat16, of which a value
+has 8 bits, they only say that nothing is broken in that type; what is computed is compared in the others."""
 GRADIENT = {"float64": 1e-10, "float32": 1e-4}
 """Bounds of every parameter's gradient."""
-DIVERGENCE = {"float64": 1e-12, "float32": 1e-9}
+DIVERGENCE = {"float64": 1e-12, "float32": 1e-9, "bfloat16": 1e-2}
 """Bounds of the KL divergence per token, nats. Far below the squares of what could be seen in logits: a wrong order of
 RoPE's pairs has been seen to cost another project no more than 5e-6."""
 
 
-def round_trip(config: ModelConfig, dtype: str, name: str) -> list[Measurement]:
-    """Weights into Flax's stacked trees, back, into torch's state dict and back: the number of values whose bits
-    changed, for values of full precision and for those of the seeded start."""
+def round_trip(
+    config: ModelConfig, dtype: str, name: str, sources: Mapping[str, Mapping[str, np.ndarray]] | None = None
+) -> list[Measurement]:
+    """Weights into Flax's stacked trees, back, into torch's state dict and back: the number of tensors whose bits
+    changed. `sources` are weights by name; by default values of full precision and those of the seeded start."""
     import jax
     import torch
 
     from flax_model.model import from_values, to_values
     from torch_ref.model import Model
 
+    if sources is None:
+        made = {"drawn": case_values(config), "seeded": initial_values(config, seed=1)}
+        sources = {source: {row.name: value.astype(dtype) for row, value in values} for source, values in made.items()}
     measurements = []
-    for source, values in (("drawn", case_values(config)), ("seeded", initial_values(config, seed=1))):
-        original = {row.name: value.astype(dtype) for row, value in values}
+    for source, original in sources.items():
         rows = parameter_table(config)
-        with jax.enable_x64(dtype == "float64"):
+        with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices("cpu")[0]):
             _, params, biases = from_values(config, ((row, original[row.name]) for row in rows), dtype)
-            through_flax = [(row, np.array(value)) for row, value in to_values(config, params, biases)]
-        model = Model(config, dtype=getattr(torch, dtype)).load_values(through_flax)
+            through_flax = ((row, np.array(value)) for row, value in to_values(config, params, biases))
+            model = Model(config, dtype=getattr(torch, dtype)).load_values(through_flax)
         for row_name, tensor in model.state_dict().items():
             changed = tensor.numpy().tobytes() != original[row_name].tobytes()
             where = f"{row_name} ({source})"
@@ -167,34 +174,45 @@ def run_case(
 
 
 def compare(case: Case, torch: Outcome, flax: Outcome) -> list[Measurement]:
-    """The rungs of two outcomes, in the order of the computation: gradients backwards, from the last layer on."""
-    forward, gradient = FORWARD[case.dtype], GRADIENT[case.dtype]
-    measurements = []
+    """The rungs of two outcomes, in the order of the computation: gradients, where they were taken, backwards from the
+    last layer on."""
+    measurements = compare_outputs(case, torch, flax)
 
     def measure(rung: str, where: str, got: Any, expected: Any, bound: float) -> None:
-        if np.issubdtype(np.asarray(expected).dtype, np.integer):
-            bound = 0.0
         error = relative_error(got, expected)
         measurements.append(Measurement(rung, case.name, case.dtype, where, error, bound))
 
-    for name, value in flax.trace.items():
-        measure("trace", name, torch.trace.get(name, np.empty(0)), value, forward)
     for name in torch.trace.keys() - flax.trace.keys():
-        measurements.append(Measurement("trace", case.name, case.dtype, f"{name} (only in torch)", np.inf, forward))
-    for layer, (got, expected) in enumerate(zip(torch.layers, flax.layers, strict=True)):
-        measure("hidden", f"layer {layer}", got, expected, forward)
-    measure("logits", "logits", torch.logits, flax.logits, forward)
-    divergence = kl_divergence(flax.logits, torch.logits).max()
-    measurements.append(
-        Measurement("KL", case.name, case.dtype, "largest of a token", divergence, DIVERGENCE[case.dtype])
-    )
-    measure("loss", "next-token loss", torch.loss, flax.loss, forward)
-    measure("loss", "balance loss", torch.balance_loss, flax.balance_loss, forward)
-    measure("loss", "objective", torch.objective, flax.objective, forward)
+        where = f"{name} (only in torch)"
+        measurements.append(Measurement("trace", case.name, case.dtype, where, np.inf, FORWARD[case.dtype]))
+    measure("loss", "balance loss", torch.balance_loss, flax.balance_loss, FORWARD[case.dtype])
+    measure("loss", "objective", torch.objective, flax.objective, FORWARD[case.dtype])
     measure("loss", "expert counts", torch.expert_counts, flax.expert_counts, 0.0)
     for row in reversed(parameter_table(case.config)):
-        if row.trainable:
-            measure("gradient", row.name, torch.gradients[row.name], flax.gradients[row.name], gradient)
+        if row.name in torch.gradients:
+            error = relative_error(torch.gradients[row.name], flax.gradients[row.name])
+            bound = GRADIENT[case.dtype]
+            measurements.append(Measurement("gradient", case.name, case.dtype, row.name, error, bound))
+    return measurements
+
+
+def compare_outputs(case: Case, got: Outcome, expected: Outcome, judge: str = "") -> list[Measurement]:
+    """What two outcomes of one forward pass have in common, in its order: module outputs, hidden states, logits, loss.
+    `judge` stands before the names of the rungs."""
+    forward, measurements = FORWARD[case.dtype], []
+
+    def measure(rung: str, where: str, error: float, bound: float) -> None:
+        measurements.append(Measurement(judge + rung, case.name, case.dtype, where, float(error), bound))
+
+    for name, value in expected.trace.items():
+        bound = 0.0 if np.issubdtype(value.dtype, np.integer) else forward
+        measure("trace", name, relative_error(got.trace.get(name, np.empty(0)), value), bound)
+    for layer, pair in enumerate(zip(got.layers, expected.layers, strict=True)):
+        measure("hidden", f"layer {layer}", relative_error(*pair), forward)
+    measure("logits", "logits", relative_error(got.logits, expected.logits), forward)
+    divergence = kl_divergence(expected.logits, got.logits).max()
+    measure("KL", "largest of a token", divergence, DIVERGENCE[case.dtype])
+    measure("loss", "next-token loss", relative_error(got.loss, expected.loss), forward)
     return measurements
 
 
@@ -231,10 +249,24 @@ def near_ties(case: Case) -> list[Measurement]:
 
     torch, flax = (run(single, values(), *batch, trace=True) for run in (run_torch, run_flax))
     biases = {row.name: value for row, value in values() if not row.trainable}
-    free = compare_choices(single, torch, flax, biases)
+    free = compare_choices(replace(single, name="near ties"), torch, flax, biases)
     choices = run_torch(wide, values(), *batch, trace=True).choices
     forced = [run(single, values(), *batch, trace=True, forced_choices=choices) for run in (run_torch, run_flax)]
     return free + compare(single, *forced)
+
+
+def choose_alike(one: Outcome, other: Outcome) -> bool:
+    """Whether every token went to the same experts in two traced outcomes."""
+    routers = [name for name in one.trace if name.endswith("router.chosen")]
+    return all(np.array_equal(np.sort(one.trace[name], 1), np.sort(other.trace[name], 1)) for name in routers)
+
+
+def choice_margin(scores: np.ndarray, topk: int) -> np.ndarray:
+    """Of each token, by how much the last expert that is chosen beats the next; nothing is left to beat: infinite."""
+    if scores.shape[1] == topk:
+        return np.full(len(scores), np.inf)
+    ranked = np.sort(scores, axis=1)[:, ::-1]
+    return ranked[:, topk - 1] - ranked[:, topk]
 
 
 def compare_choices(case: Case, torch: Outcome, flax: Outcome, biases: dict[str, np.ndarray]) -> list[Measurement]:
@@ -245,12 +277,11 @@ def compare_choices(case: Case, torch: Outcome, flax: Outcome, biases: dict[str,
     for name in (name.removesuffix(".scores") for name in flax.trace if name.endswith("router.scores")):
         scores = [outcome.trace[f"{name}.scores"] for outcome in (torch, flax)]
         chosen = [np.sort(outcome.trace[f"{name}.chosen"], axis=1) for outcome in (torch, flax)]
-        ranked = np.sort(scores[1] + biases[f"{name}.balance_bias"], axis=1)[:, ::-1]
-        margin = ranked[:, topk - 1] - ranked[:, topk]
+        margin = choice_margin(scores[1] + biases[f"{name}.balance_bias"], topk)
         different = (chosen[0] != chosen[1]).any(1)
         unexplained = different & (margin > np.abs(scores[0] - scores[1]).max())
         where = f"{name}: {different.sum()} of {len(different)} tokens differ, of them beyond the score error"
-        measurements.append(Measurement("choices", "near ties", case.dtype, where, float(unexplained.sum()), 0.0))
+        measurements.append(Measurement("choices", case.name, case.dtype, where, float(unexplained.sum()), 0.0))
         if different.any():
             break
     return measurements

@@ -79,7 +79,7 @@ class Outcome:
     logits: np.ndarray
     expert_counts: np.ndarray
     gradients: dict[str, np.ndarray]
-    """By the names of the parameter table."""
+    """By the names of the parameter table; empty where they were not asked for."""
     trace: dict[str, np.ndarray] = field(default_factory=dict)
     """What every module returned, by its path, in the order in which they returned; arrays of the last micro-batch's
     rows are appended to those of the earlier ones."""
@@ -218,9 +218,10 @@ def run_torch(
     trace: bool = False,
     forced_choices: list[np.ndarray] | None = None,
     device: str = "cpu",
+    gradients: bool = True,
 ) -> Outcome:
     """The case in torch: objective, gradients and everything on the way, over its micro-batches. `forced_choices` are
-    an earlier outcome's, of a case with one micro-batch."""
+    an earlier outcome's, of a case with one micro-batch. Without `gradients` only the forward pass runs."""
     import torch
 
     from torch_ref import model as torch_model
@@ -231,23 +232,27 @@ def run_torch(
     merged = _Merger(case, targets)
     for micro in zip(*split_batch(inputs, targets, len(inputs) // case.torch_micro_batches), strict=True):
         micro = [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in micro]
-        with recorder.watching(forced):
+        with recorder.watching(forced), torch.set_grad_enabled(gradients):
             total, parts = torch_model.objective(model, *micro, case.torch, merged.target_count, merged.sequence_count)
-        total.backward()
+        if gradients:
+            total.backward()
         with torch.no_grad():
             logits = model.logits(recorder.output.hidden)
         layers = [_to_numpy(hidden) for hidden in recorder.output.layers]
         recorded = {name: _to_numpy(value) for name, value in recorder.values.items()}
         merged.add(_to_numpy(total), map(_to_numpy, parts), layers, _to_numpy(logits), recorded)
-    gradients = {
+    taken = {
         name: _to_numpy(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for name, parameter in model.named_parameters()
+        if gradients
     }
-    return merged.outcome(gradients, [_to_numpy(chosen) for chosen in recorder.choices])
+    return merged.outcome(taken, [_to_numpy(chosen) for chosen in recorder.choices])
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    return tensor.detach().cpu().numpy()
+    """NumPy has no bfloat16: its values come as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
 
 
 def run_flax(
@@ -259,15 +264,16 @@ def run_flax(
     trace: bool = False,
     forced_choices: list[np.ndarray] | None = None,
     device: Any = None,
+    gradients: bool = True,
 ) -> Outcome:
     """`run_torch` in Flax; the gradient of a micro-batch is one jitted function. `device` is a `jax.Device`."""
     import jax
 
     with jax.enable_x64(case.dtype == "float64"), jax.default_device(device or jax.devices("cpu")[0]):
-        return _run_flax(case, values, inputs, targets, trace, forced_choices)
+        return _run_flax(case, values, inputs, targets, trace, forced_choices, gradients)
 
 
-def _run_flax(case: Case, values: Values, inputs, targets, trace: bool, forced_choices) -> Outcome:
+def _run_flax(case: Case, values: Values, inputs, targets, trace: bool, forced_choices, gradients: bool) -> Outcome:
     import jax
 
     from flax_model import model as flax_model
@@ -288,14 +294,14 @@ def _run_flax(case: Case, values: Values, inputs, targets, trace: bool, forced_c
         return total, (parts, recorder.output.layers, logits, list(recorder.values.values()), recorder.choices)
 
     merged = _Merger(case, targets)
-    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    gradients = None
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True) if gradients else lambda *args: (objective(*args), {}))
+    taken = None
     for micro in zip(*split_batch(inputs, targets, len(inputs) // case.flax_micro_batches), strict=True):
-        (total, report), micro_gradients = jax.device_get(gradient(params, *micro))
+        (total, report), micro_gradients = jax.device_get(run(params, *micro))
         parts, layers, logits, recorded, choices = report
         merged.add(total, parts, layers, logits, dict(zip(names, recorded, strict=True)))
-        gradients = micro_gradients if gradients is None else jax.tree.map(np.add, gradients, micro_gradients)
-    return merged.outcome(by_table_name(case.config, gradients), choices)
+        taken = micro_gradients if taken is None else jax.tree.map(np.add, taken, micro_gradients)
+    return merged.outcome(by_table_name(case.config, taken) if gradients else {}, choices)
 
 
 def by_table_name(config: Any, tree: dict) -> dict[str, np.ndarray]:

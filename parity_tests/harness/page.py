@@ -11,7 +11,7 @@ import numpy as np
 from parity_tests.harness import charts
 from parity_tests.harness.charts import Level, Line
 from parity_tests.harness.measure import Measurement
-from parity_tests.report import RUNGS, Report, worst
+from parity_tests.report import Report, worst
 from torch_ref.spec.interface import UserError
 
 BEGIN, END = "<!-- parity:begin -->", "<!-- parity:end -->"
@@ -34,7 +34,7 @@ def shown(measurements: list[Measurement]) -> Measurement:
 
 def ladder_rows(report: Report) -> list[tuple[str, str, list[list[Measurement]]]]:
     """(rung, what it is, its measurements per dtype) for every rung that was measured."""
-    rows = [(rung, what, [report.of(rung, dtype) for dtype in report.dtypes]) for rung, what in RUNGS.items()]
+    rows = [(rung, what, [report.of(rung, dtype) for dtype in report.dtypes]) for rung, what in report.rungs.items()]
     return [row for row in rows if any(row[2])]
 
 
@@ -83,7 +83,7 @@ def summary(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The whole report in Markdown."""
     parts = [
-        "# Parity of the Flax and the torch model",
+        f"# {report.heading}",
         f"**{'Passed' if report.passed else 'FAILED'}**: {summary(report)}.",
         "\n".join(f"- {name}: {value}" for name, value in report.environment.items()),
         "## The ladder\n\nErrors are the largest absolute difference over the largest value of the tensor; those of "
@@ -99,7 +99,7 @@ def markdown(report: Report) -> str:
         for dtype, run in report.divergences.items():
             floor = "" if run.floor is None else number(run.floor_level)
             lines.append(f"| {dtype} | {number(float(run.difference.max()))} | {floor} | {number(run.bound)} |")
-        parts.append(f"## 200 training steps\n\n{FLOOR_TEXT}\n\n" + "\n".join(lines))
+        parts.append(f"## {_steps(report)}\n\n{FLOOR_TEXT}\n\n" + "\n".join(lines))
     if report.faults:
         parts.append("## Planted faults\n\n" + faults_table(report))
     return "\n\n".join(parts) + "\n"
@@ -160,7 +160,8 @@ def html(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
         f'content="light dark"><title>Parity: Flax and torch</title><style>{STYLE}</style></head><body><main>'
-        f'<h1>Are both frameworks the same model?</h1><p class="verdict {verdict}"><b>'
+        f"<h1>{escape(report.heading)}</h1>"
+        f'<p class="verdict {verdict}"><b>'
         f"{'Yes, to rounding.' if report.passed else 'No.'}</b> {escape(summary(report))}.</p>"
         f"{''.join(sections)}<section><h2>Measured with</h2><dl>{facts}</dl></section></main></body></html>\n"
     )
@@ -207,22 +208,25 @@ def _layers(report: Report) -> str:
     """Errors layer by layer, and module by module."""
     from parity_tests.harness.ladder import FORWARD, GRADIENT
 
-    dtypes = [dtype for dtype in report.dtypes if dtype in FORWARD]
+    dtypes = [dtype for dtype in report.dtypes if report.of("hidden", dtype)]
     figures = []
     layers = list(dict.fromkeys(each.where for each in report.measurements if each.rung == "hidden"))
     for rung, bounds, what in (
         ("hidden", FORWARD, "Hidden state after each layer, worst of all modes"),
+        ("transformers hidden", FORWARD, "Hidden state after each layer, transformers against torch"),
         ("gradient", GRADIENT, "Gradients of each layer's parameters, worst of all modes"),
     ):
+        measured = [dtype for dtype in dtypes if report.of(rung, dtype)]
+        if not measured:
+            continue
         series = [
             Line(dtype, SERIES[dtype], [_layer_error(report, rung, dtype, layer) for layer in range(len(layers))])
-            for dtype in dtypes
+            for dtype in measured
         ]
-        levels = [Level(f"bound {dtype} {bounds[dtype]:.0e}", SERIES[dtype], bounds[dtype]) for dtype in dtypes]
+        levels = [Level(f"bound {dtype} {bounds[dtype]:.0e}", SERIES[dtype], bounds[dtype]) for dtype in measured]
         figures.append(charts.log_bars(layers, series, levels, what, "largest error over largest value"))
-    traced = {
-        dtype: [each for each in report.of("trace", dtype) if each.case == "trace" and each.bound] for dtype in dtypes
-    }
+    traced = {dtype: [each for each in report.of("trace", dtype) if each.bound] for dtype in dtypes}
+    traced = {dtype: [each for each in traces if each.case == report.traced] for dtype, traces in traced.items()}
     if any(traced.values()):
         names = [each.where for each in next(iter(traced.values()))]
         series = [Line(dtype, SERIES[dtype], [each.error for each in traced[dtype][: len(names)]]) for dtype in dtypes]
@@ -233,7 +237,7 @@ def _layers(report: Report) -> str:
 
 
 def _layer_error(report: Report, rung: str, dtype: str, layer: int) -> float:
-    start = f"layer {layer}" if rung == "hidden" else f"layers.{layer}."
+    start = f"layer {layer}" if rung.endswith("hidden") else f"layers.{layer}."
     return max((each.error for each in report.of(rung, dtype) if each.where.startswith(start)), default=0.0)
 
 
@@ -258,7 +262,11 @@ def _training(report: Report) -> str:
         "optimizer step",
     )
     figures = f'<div class="figures">{divergence}{curve}</div>'
-    return f"<section><h2>200 training steps</h2><p>{FLOOR_TEXT}</p>{figures}</section>"
+    return f"<section><h2>{_steps(report)}</h2><p>{FLOOR_TEXT}</p>{figures}</section>"
+
+
+def _steps(report: Report) -> str:
+    return f"{max(len(run.torch) for run in report.divergences.values())} training steps"
 
 
 def _faults(report: Report) -> str:

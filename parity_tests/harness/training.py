@@ -21,6 +21,7 @@ from parity_tests.harness.measure import Measurement, relative_error
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import Backend, OptimizerConfig, Sampling, TrainingState
 from torch_ref.spec.parameters import initial_values, parameter_table
+from torch_ref.spec.training_state import LazyArrays
 from train.run.schedule import Schedule
 
 UPDATE = {"float64": 1e-12, "float32": 1e-5}
@@ -331,3 +332,46 @@ def resuming(dtype: str, folder: Path, torch_device: str = "cpu", jax_device: st
         error = float(np.abs(np.array(resumed) - np.array(unbroken)).max())
         measurements.append(Measurement("resume", framework, dtype, "loss of the steps after", error, 0.0))
     return measurements
+
+
+TRAJECTORY = 1e-9
+"""Bound of a float64 run's losses, moments and weights that goes on from a state of one's own."""
+
+
+def trajectory(
+    state: TrainingState, optimizer: OptimizerConfig, batches: list[tuple[np.ndarray, np.ndarray]], name: str
+) -> tuple[Divergence, list[Measurement]]:
+    """Both frameworks go on in float64 from a training state, on these batches: losses and gradient norms of every
+    step, the gradients of the first (in its first moments), and moments and weights at the end."""
+    wide = replace(
+        state,
+        **{
+            group: LazyArrays(values, lambda key, values=values: np.asarray(values[key], np.float64))
+            for group in ("weights", "first_moment", "second_moment")
+            if (values := getattr(state, group)) is not None
+        },
+    )
+    reports, first, last = [], [], []
+    for framework in ("torch", "flax"):
+        with backend(framework, state.model_config, ComputeConfig(dtype="float64"), optimizer) as made:
+            made.load_state(wide)
+            reports.append([made.step(*batches[0])])
+            first.append(_tensors(made.state()))
+            reports[-1] += [made.step(*batch) for batch in batches[1:]]
+            last.append(_tensors(made.state()))
+    measurements = []
+
+    def measure(where: str, got: Any, expected: Any) -> None:
+        error = relative_error(got, expected)
+        measurements.append(Measurement("training run", name, "float64", where, error, TRAJECTORY))
+
+    for step, (torch, flax) in enumerate(zip(*reports, strict=True), start=state.step + 1):
+        measure(f"loss, step {step}", torch.loss, flax.loss)
+        measure(f"gradient norm, step {step}", torch.grad_norm, flax.grad_norm)
+    for tensor in first[1]:
+        if tensor.startswith("first moment"):
+            measure(f"{tensor}, step {state.step + 1}", first[0][tensor], first[1][tensor])
+    for tensor in last[1]:
+        measure(f"{tensor}, step {state.step + len(batches)}", last[0][tensor], last[1][tensor])
+    losses = (np.array([report.loss for report in each]) for each in reports)
+    return Divergence("float64", *losses, None), measurements

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_ref.spec.checkpoint import checksum
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.huggingface_config import DEFAULTS, SIDECAR, read_config, transformers_config
 from torch_ref.spec.interface import UserError
@@ -153,7 +154,9 @@ def export_folder(
             write_json(folder / "model.safetensors.index.json", index)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder, end_of_text, config.max_position)
-        write_json(folder / SIDECAR, {"model": config.to_dict()})
+        written = TensorReader(*(folder / file for file in files))
+        checksums = {name: checksum(written[name]) for name in sorted(written)}
+        write_json(folder / SIDECAR, {"model": config.to_dict(), "checksums": checksums})
         generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
         write_json(folder / "generation_config.json", generation)
         if card is not None:
@@ -210,6 +213,26 @@ def copy_tokenizer(source: Path, target: Path, end_of_text: int, max_position: i
 
 
 # Import
+
+
+def changed_tensors(folder: Path) -> list[str]:
+    """Names of the tensors of an export that are no longer those that were written, in the order of the file's header;
+    none for a folder that keeps no checksums. Reading a folder does not ask for this: weights may be edited."""
+    sidecar = Path(folder) / SIDECAR
+    checksums = read_json(sidecar).get("checksums", {}) if sidecar.is_file() else {}
+    if not checksums:
+        return []
+    reader = _open_weights(Path(folder))
+    return [name for name in reader if checksums.get(name) != checksum(reader[name])]
+
+
+def our_name(key: str) -> str:
+    """The row of the parameter table that a tensor of `transformers` belongs to: the inverse of `key_of`, by expert."""
+    ours = {theirs: part for part, theirs in _SEGMENTS.items()}
+    parts = [ours.get(part, part) for part in key.removeprefix("model.").split(".")]
+    if "experts" in parts:
+        parts = parts[: parts.index("experts") + 1] + parts[-2:-1]
+    return ".".join(parts)
 
 
 def import_folder(folder: Path) -> tuple[ModelConfig, Mapping[str, np.ndarray]]:

@@ -75,8 +75,12 @@ def open_trained(
     state = open_state(source)
     text = load_tokenizer(tokenizer or _tokenizer_beside(source))
     text.require_fit(state.model_config.vocab_size)
-    open_in = {"torch": _open_in_torch, "flax": _open_in_flax}[framework]
-    return TrainedModel(state.model_config, text, framework, *open_in(state, dtype, device))
+    return TrainedModel(state.model_config, text, framework, *open_in(framework, state, dtype, device))
+
+
+def open_in(framework: str, state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
+    """A state's model in a framework: the device in words, and `TrainedModel`'s functions `generate` and `losses`."""
+    return {"torch": _open_in_torch, "flax": _open_in_flax}[framework](state, dtype, device)
 
 
 Flags = TypeVar("Flags")
