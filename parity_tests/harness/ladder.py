@@ -21,6 +21,9 @@ from torch_ref.spec.parameters import initial_values, parameter_table
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-1}
 """Bounds of modules, hidden states, logits and losses: largest error over largest value. In bfloat16, of which a value
 has 8 bits, they only say that nothing is broken in that type; what is computed is compared in the others."""
+TRACED_LAYERS = 3
+"""Layers for which `FORWARD` bounds what a module returns in the running model. It carries the errors of all layers
+before it, which add up like a random walk: in a deeper model the bound grows with the root of their number."""
 GRADIENT = {"float64": 1e-10, "float32": 1e-4}
 """Bounds of every parameter's gradient."""
 DIVERGENCE = {"float64": 1e-12, "float32": 1e-9, "bfloat16": 1e-2}
@@ -200,12 +203,13 @@ def compare_outputs(case: Case, got: Outcome, expected: Outcome, judge: str = ""
     """What two outcomes of one forward pass have in common, in its order: module outputs, hidden states, logits, loss.
     `judge` stands before the names of the rungs."""
     forward, measurements = FORWARD[case.dtype], []
+    traced = forward * max(1.0, (case.config.num_layers / TRACED_LAYERS) ** 0.5)
 
     def measure(rung: str, where: str, error: float, bound: float) -> None:
         measurements.append(Measurement(judge + rung, case.name, case.dtype, where, float(error), bound))
 
     for name, value in expected.trace.items():
-        bound = 0.0 if np.issubdtype(value.dtype, np.integer) else forward
+        bound = 0.0 if np.issubdtype(value.dtype, np.integer) else traced
         measure("trace", name, relative_error(got.trace.get(name, np.empty(0)), value), bound)
     for layer, pair in enumerate(zip(got.layers, expected.layers, strict=True)):
         measure("hidden", f"layer {layer}", relative_error(*pair), forward)

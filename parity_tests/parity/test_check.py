@@ -237,3 +237,18 @@ def test_mean_loss_is_that_of_scored_targets():
         torch.from_numpy(logits).double().flatten(0, 1), torch.from_numpy(targets).flatten(), ignore_index=-1
     )
     assert mean_loss(logits, targets) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(("layers", "error", "passes"), [(2, 1.1e-5, False), (12, 1.1e-5, True), (12, 2.1e-5, False)])
+def test_modules_of_a_deep_model_carry_the_errors_of_the_layers_before_them(layers, error, passes):
+    from parity_tests.harness.cases import Case
+    from parity_tests.harness.ladder import compare_outputs
+    from parity_tests.harness.measure import Outcome
+    from torch_ref.spec.config import ComputeConfig
+
+    case = Case("deep", replace(MODEL, num_layers=layers), ComputeConfig(), ComputeConfig())
+    value = np.ones((1, 2, 3), np.float32)
+    right = Outcome(0, 1, 0, value[None], value, np.zeros(0, int), {}, {"layers.1.mlp": value})
+    measured = compare_outputs(case, replace(right, trace={"layers.1.mlp": value + np.float32(error)}), right)
+    assert [each.rung for each in measured] == ["trace", "hidden", "logits", "KL", "loss"]
+    assert measured[0].passed == passes and all(each.passed for each in measured[1:])
