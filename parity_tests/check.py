@@ -36,7 +36,8 @@ from torch_ref.spec.training_state import LazyArrays
 from train import command_line
 from train.data.corpus import Reader
 from train.data.packing import Rows, open_data, rows_of
-from train.data.sources import FileSource, python_docs_source
+from train.data.python_docs import python_docs_source
+from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer
 from train.state.card import PARITY_BEGIN, VERDICT, parity_section
 from train.state.neutral import copy_run_files
@@ -181,7 +182,7 @@ def measure(
     single: tuple[Case, Outcome] | None = None
     for dtype in checked.dtypes:
         torch_compute = resolve_torch(ComputeConfig(dtype=dtype), torch_place)
-        flax_compute = resolve_flax(ComputeConfig(dtype=dtype, scan_layers=False), jax_place)
+        flax_compute = resolve_flax(ComputeConfig(dtype=dtype, scan_layers=False), jax_place, config)
         rows, seq = checked.rows.inputs.shape
         case = Case(checked.name, config, torch_compute, flax_compute, rows=rows, seq=seq)
         settings = {"trace": True, "gradients": False}
