@@ -35,7 +35,8 @@ from torch_ref.spec.parameters import Parameter, parameter_table
 from torch_ref.spec.training_state import LazyArrays
 from train import command_line
 from train.data.corpus import Reader
-from train.data.packing import Rows, open_data, rows_of
+from train.data.feed import open_data
+from train.data.packing import Rows, rows_of
 from train.data.python_docs import python_docs_source
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer

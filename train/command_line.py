@@ -29,7 +29,7 @@ import tyro
 from torch_ref.spec.config import PRESETS, ModelConfig, SpecificationError
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
-from train.run.options import GROUPS, SECTIONS, Options, RunOptions, flag
+from train.run.options import GROUPS, REPEATED, SECTIONS, Options, RunOptions, flag
 from train.state.source import config_of
 
 
@@ -97,6 +97,11 @@ def _checked(values: dict[str, Any], owner: type, source: str) -> dict[str, Any]
         if name not in hints:
             raise UserError(f"{source}: unknown setting {name!r}{_did_you_mean(name, hints)}")
         for hint in _alternatives(hints[name]):
+            if get_origin(hint) is tuple:
+                member, members = get_args(hint)[0], value if isinstance(value, list) else [value]
+                if all(type(one) is member or (member is float and type(one) is int) for one in members):
+                    checked[name] = tuple(member(one) for one in members)
+                continue
             if get_origin(hint) is Literal and value in get_args(hint) or type(value) is hint:
                 checked[name] = value
             elif hint is float and type(value) is int:
@@ -120,8 +125,10 @@ def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Opti
     gets a heading per group; the group's name is left out of the flags."""
     groups = {group.__name__.removesuffix("Options").removesuffix("Config").lower(): group for group in GROUPS}
     arguments = dataclasses.make_dataclass("Arguments", groups.items(), frozen=True)
+    # tyro would add to the defaults of what is repeated: they are put in where no such flag is given.
+    empty = dict.fromkeys(REPEATED, ())
     defaults = [
-        group(**{field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values})
+        group(**{name: value for name, value in {**values, **empty}.items() if name in group.__dataclass_fields__})
         for group in SECTIONS
     ]
     said = io.StringIO()
@@ -144,7 +151,8 @@ def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Opti
         flags = [flag(field.name) for group in GROUPS for field in dataclasses.fields(group)]
         raise UserError(f"unknown option {unknown[0]}{_did_you_mean(unknown[0], flags)}; --help lists them all")
     *sections, model = (getattr(parsed, name) for name in groups)
-    return Options(**{name: value for section in sections for name, value in vars(section).items()}, model=model)
+    given = {name: value for section in sections for name, value in vars(section).items() if value or name not in empty}
+    return Options(**{name: values[name] for name in empty if name in values} | given, model=model)
 
 
 def first_sentence(box: str) -> str:
@@ -169,7 +177,8 @@ def settings_table() -> str:
         for field in dataclasses.fields(group):
             fixed = group is ModelConfig or field.metadata.get("trajectory")
             meaning = described.get(field.name, "").replace("|", "\\|")
-            lines.append(f"| `{flag(field.name)}`{' *' if fixed else ''} | `{field.default}` | {meaning} |")
+            default = " ".join(map(str, field.default)) or None if isinstance(field.default, tuple) else field.default
+            lines.append(f"| `{flag(field.name)}`{' *' if fixed else ''} | `{default}` | {meaning} |")
     return "\n".join(lines).strip() + "\n"
 
 

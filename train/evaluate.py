@@ -1,9 +1,11 @@
 """Score texts, or the answers to multiple-choice questions, with a trained model:
 
     python -m train.evaluate runs/tiny-flax --data texts/*.txt
+    python -m train.evaluate runs/tiny-flax --validation-dataset news=news.jsonl --validation-dataset code=src
     python -m train.evaluate runs/tiny-flax --benchmark hellaswag_val.jsonl
 
-MODEL is a run folder of either framework, a checkpoint, a `transformers` folder or a file of final weights. Every
+MODEL is a run folder of either framework, a checkpoint, a `transformers` folder or a file of final weights. Without
+`--data` and the others, the validation datasets that a run was given are scored, each by itself and whole. Every
 document is scored within its own boundaries: its first token is predicted from the end-of-text token before it, and
 the end-of-text token after it counts as its last. Documents longer than the context are cut into rows of it, and each
 token is predicted once. Bits per byte divide by the documents' UTF-8 bytes, so they compare across tokenizers.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +30,15 @@ import tyro
 from jaxtyping import Float64, Int32
 
 from torch_ref.spec.interface import IGNORE, UserError
-from train.data.corpus import Reader
+from train.data.chat import TextRules
+from train.data.corpus import Document, Reader
 from train.data.multiple_choice import Question, read_questions
+from train.data.options import named_files
 from train.data.packing import Rows, document_rows
 from train.data.sources import FileSource
 from train.data.tokenizer import TextTokenizer
+from train.run.options import Repeated
+from train.state.source import locate
 from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
 
 TOKENS_PER_PASS = 4096
@@ -45,11 +52,15 @@ class EvaluateOptions:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, a checkpoint, a transformers folder or a file of final weights."""
     data: tuple[str, ...] = ()
-    """Files (text, jsonl, parquet), folders or globs."""
+    """Files (docs/data.md has the kinds), folders or globs."""
+    validation_dataset: Repeated = ()
+    """NAME=FILES: scored by themselves. Repeat it for several. Default: those of the run, if nothing else is named."""
     benchmark: tuple[Path, ...] = ()
     """Multiple-choice questions: .jsonl files in the layout of HellaSwag, ARC or PIQA."""
-    text_field: str = "text"
-    """Of jsonl and parquet rows."""
+    text_field: str | None = None
+    """Of rows. Default: text, and for a run's own validation datasets that of the run."""
+    document_bytes: int = 0
+    """Cut text files into documents of at most so many bytes; 0: a file is a document."""
     seq_len: int | None = None
     """Longest row; None: the model's context."""
     framework: Framework = "auto"
@@ -96,7 +107,7 @@ class Score:
         )
 
 
-def evaluate(model: TrainedModel, texts: Iterable[str], seq_len: int) -> Score:
+def evaluate(model: TrainedModel, texts: Iterable[str | Document], seq_len: int) -> Score:
     """Score texts, each within its own boundaries, in rows of at most `seq_len` tokens.
 
     Raises `UserError` where there is no text.
@@ -106,9 +117,10 @@ def evaluate(model: TrainedModel, texts: Iterable[str], seq_len: int) -> Score:
     def rows() -> Iterator[Row]:
         nonlocal documents, tokens, size
         for text in texts:
-            document = document_rows(model.tokenizer.encode(text), seq_len, model.tokenizer.eot_id)
-            documents, size = documents + 1, size + len(text.encode())
-            for inputs, targets in zip(*document, strict=True):
+            document = Document(text, "", 0) if isinstance(text, str) else text
+            (ids,) = model.tokenizer.encode_documents([document])
+            documents, size = documents + 1, size + len(document.text.encode())
+            for inputs, targets in zip(*document_rows(ids, seq_len, model.tokenizer.eot_id), strict=True):
                 length = int((targets != IGNORE).sum())
                 tokens += length
                 yield inputs[:length], targets[:length]
@@ -212,12 +224,39 @@ def rows_per_pass(length: int) -> int:
     return max(1, TOKENS_PER_PASS // length)
 
 
+def read_documents(sources: Sequence[FileSource], tokenizer: TextTokenizer) -> Iterator[Document]:
+    """All documents, chats as the tokenizer writes them. What is left out and how many rows are bad is told."""
+    for source in sources:
+        for note in source.notes:
+            print(note, file=sys.stderr)
+        yield from Reader(source, rules=TextRules(tokenizer.chat))
+
+
+def run_validation(model: Path, text_field: str | None) -> tuple[str, dict[str, str]]:
+    """The text field and the validation datasets of the run that a model is of. Raises `UserError` if it has none."""
+    run = locate(model).run
+    try:
+        settings = tomllib.loads((run / "settings.toml").read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        settings = {}
+    named = named_files(settings.get("validation_dataset", ()))
+    if not named:
+        raise UserError("--data, --validation-dataset or --benchmark: name the files to score")
+    fields = settings.get("text_field", "text")
+    return text_field or (fields if isinstance(fields, str) else fields[0]), named
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv)
-        if not options.data and not options.benchmark:
-            raise UserError("--data or --benchmark: name the files to score")
-        sources = [FileSource(pattern, options.text_field) for pattern in options.data]
+        field, named = options.text_field or "text", named_files(options.validation_dataset)
+        if not (options.data or options.benchmark or named):
+            field, named = run_validation(options.model, options.text_field)
+        sources = [FileSource(pattern, field, document_bytes=options.document_bytes) for pattern in options.data]
+        apart = {
+            name: FileSource(files, field, document_bytes=options.document_bytes, option="--validation-dataset")
+            for name, files in named.items()
+        }
         benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
         model = open_trained(
             options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
@@ -229,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
         if sources:
-            texts = (document.text for source in sources for document in Reader(source))
-            print(evaluate(model, texts, seq_len))
+            print(evaluate(model, read_documents(sources, model.tokenizer), seq_len))
+        for name, source in apart.items():
+            print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len)}")
         for file, questions in benchmarks:
             print(f"{file.name}: {answer(model, questions)}")
     except UserError as error:

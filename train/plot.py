@@ -6,6 +6,7 @@ Several runs lie over each other (torch over Flax, one seed over another); each 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from matplotlib.ticker import FuncFormatter
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
-from train.run.runlog import read_metrics
+from train.run.runlog import read_metrics, validation_curves
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
 STYLE = {
@@ -38,6 +39,8 @@ STYLE = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
 }
+MARKERS = "osD^vPX"
+"""Of the validation datasets of a run."""
 HEAT_MAP_COLUMNS = 300
 """Steps are averaged so that a heat map has at most so many columns."""
 
@@ -48,7 +51,8 @@ class Curves:
 
     name: str
     steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
+    validations: dict[str | None, list[dict[str, Any]]]
+    """By dataset, None for the held-out rows."""
 
     @classmethod
     def read(cls, run_dir: Path) -> Curves:
@@ -56,7 +60,7 @@ class Curves:
         steps = [record for record in records if record["kind"] == "step"]
         if not steps:
             raise UserError(f"{run_dir}: no step has been logged yet")
-        return cls(Path(run_dir).resolve().name, steps, [r for r in records if r["kind"] == "validation"])
+        return cls(Path(run_dir).resolve().name, steps, validation_curves(records))
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:
         """One value of every step; null becomes NaN."""
@@ -104,20 +108,20 @@ def _draw_curves(figure: SubFigure, runs: list[Curves]) -> None:
 def _draw_loss(axes: Axes, run: Curves, look: dict[str, str]) -> None:
     step, loss, color = run.column("step"), run.column("loss"), look["color"]
     _draw_noisy(axes, step, loss, look, label=f"{run.name}: training")
-    if run.validations:
-        at = [record["step"] for record in run.validations]
-        values = np.array([record["loss"] for record in run.validations], dtype=float)
+    for marker, (dataset, records) in zip(itertools.cycle(MARKERS), run.validations.items(), strict=False):
+        at = [record["step"] for record in records]
+        values = np.array([record["loss"] for record in records], dtype=float)
         best = "" if np.isnan(values).all() else f", best {np.nanmin(values):.3f}"
         axes.plot(
             at,
             values,
             color=color,
-            marker="o",
+            marker=marker,
             markersize=5,
             markeredgecolor="white",
             linestyle=":",
             linewidth=1.2,
-            label=f"{run.name}: validation{best}",
+            label=f"{run.name}: validation{f' {dataset}' if dataset else ''}{best}",
         )
     skipped = step[run.column("applied") == 0]
     if len(skipped):

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.overview import size_in_words
-from train.run.runlog import METRICS, read_metrics
+from train.run.runlog import METRICS, read_metrics, validation_curves
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def summarize(folder: Path) -> RunSummary:
     records = read_metrics(folder)
     steps = [record for record in records if record["kind"] == "step"]
     last = steps[-1] if steps else {"step": 0, "loss": None, "tokens_seen": 0}
-    validations = [r["loss"] for r in records if r["kind"] == "validation" and r["loss"] is not None]
+    judged = next(iter(validation_curves(records).values()), [])
+    validations = [record["loss"] for record in judged if record["loss"] is not None]
     settings = _settings(folder)
     phases = [settings.get(name) for name in ("steps", "extended_steps")]
     planned = sum(phases) if all(isinstance(steps, int) for steps in phases) else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,40 @@ def test_evaluate_command(framework, folder, tmp_path, capsys):
     score = evaluate(open_trained(folder, framework, device="cpu"), [DOCUMENTS[i] for i in (0, 1, 3)], 128)
     assert out == f"{score}\n"
     assert out.startswith("Loss: ") and "3 documents" in out and f"{score.bytes} bytes" in out
+
+
+def test_validation_datasets_are_scored_apart(folder, tmp_path, capsys):
+    """Named ones, or else those of the run; each whole."""
+    pytest.importorskip("torch")
+    (tmp_path / "one.txt").write_text(DOCUMENTS[0])
+    rows = [{"body": DOCUMENTS[2]}, {"body": DOCUMENTS[3]}]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(folder), "--framework", "torch", "--device", "cpu"]
+    files = [f"one={tmp_path / 'one.txt'}", f"two={tmp_path / 'two.jsonl'}"]
+    named = ["--validation-dataset", files[0], f"--validation-dataset={files[1]}"]
+    assert evaluation.main([*arguments, *named, "--text-field", "body"]) == 0
+    out = capsys.readouterr().out
+    model = open_trained(folder, "torch", device="cpu")
+    scores = [evaluate(model, texts, 128) for texts in (DOCUMENTS[:1], DOCUMENTS[2:])]
+    assert out == f"one: {scores[0]}\ntwo: {scores[1]}\n"
+
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / "settings.toml").write_text(f'validation_dataset = {json.dumps(files)}\ntext_field = ["body"]\n')
+    assert evaluation.main([str(run), *arguments[1:]]) == 0
+    assert capsys.readouterr().out == out
+    assert evaluation.main(arguments) == 2
+    assert "--data, --validation-dataset or --benchmark: name the files" in capsys.readouterr().err
+
+
+def test_chats_are_scored_as_the_tokenizer_writes_them(folder, tmp_path, capsys):
+    pytest.importorskip("torch")
+    chat = [{"role": "user", "content": "The cache"}, {"role": "assistant", "content": "holds one latent."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    arguments = ["--framework", "torch", "--device", "cpu", "--text-field", "messages", "--data"]
+    assert evaluation.main([str(folder), *arguments, str(tmp_path / "chats.jsonl")]) == 0
+    text = "User: The cache\n\nAssistant: holds one latent."
+    model = open_trained(folder, "torch", device="cpu")
+    assert capsys.readouterr().out == f"{evaluate(model, [text], 128)}\n"
 
 
 @pytest.mark.parametrize(

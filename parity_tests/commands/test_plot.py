@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from torch_ref.spec.interface import UserError
@@ -54,6 +55,24 @@ def test_one_run_and_several(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     # The second run adds a heat map below, and its own curves.
     assert two.shape[0] > one.shape[0] + 300 and two.shape[1] == one.shape[1]
     assert inked(first / "plot.png") > 0.2
+
+
+def test_each_validation_dataset_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    records = [{"kind": "validation", "dataset": "news", "step": step, "loss": 0.1 * step} for step in (10, 20)]
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.writelines(json.dumps(record) + "\n" for record in records)
+    drawn: dict[str, list] = {}
+    plot = Axes.plot
+
+    def note(self, x, y, *arguments, label=None, **look):
+        drawn[label] = [list(x), list(y)]
+        return plot(self, x, y, *arguments, label=label, **look)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    plot_runs([run], tmp_path / "plot.png")
+    assert drawn["run: validation news, best 1.000"] == [[10, 20], [1.0, 2.0]]
+    assert len(next(at for label, (at, _) in drawn.items() if (label or "").startswith("run: validation, best"))) == 4
 
 
 def test_runs_that_are_short_dense_or_broken_can_be_drawn(tmp_path: Path) -> None:

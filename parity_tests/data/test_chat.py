@@ -11,7 +11,8 @@ from parity_tests.support.data import make_texts
 from torch_ref.spec.interface import UserError
 from train.data.chat import ChatFormat, TextRules, text_of
 from train.data.corpus import Reader, compare_identity
-from train.data.packing import DataOptions, open_data
+from train.data.feed import open_data
+from train.data.options import DataOptions
 from train.data.records import Bad
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer, train_tokenizer
@@ -164,7 +165,7 @@ def test_a_run_on_chats_keeps_and_tells_how_they_are_written(chats, tmp_path):
 def test_a_trained_tokenizer_joins_by_role_and_says_so(chats, tmp_path):
     data = open_data(dataclasses.replace(chats, tokenizer="bpe"), tmp_path / "run")
     assert data.identity["chats"] == "joined by role" and "under the name of its role" in data.notes[-1]
-    texts = [document.text for document in Reader(data.source)]
+    texts = [document.text for document in Reader(data.corpora[0].source)]
     assert len(texts) == 62 and texts[0].startswith("User: the cat 0: ")
 
 

@@ -118,6 +118,14 @@ def test_text_files_whole_and_cut_from_every_position(name, size, tmp_path):
         assert list(source.rows(state)) == rows[count:]
 
 
+def test_going_on_late_in_a_large_compressed_file(tmp_path):
+    texts = [str(number) * 700_000 for number in range(5)]
+    source = source_of(tmp_path, "a.jsonl.gz", gzip.compress(json_lines(texts), 1))
+    stream = source.rows(None)
+    assert [next(stream).value for _ in range(4)] == texts[:4]
+    assert [row.value for row in source.rows(stream.state())] == texts[4:]
+
+
 def test_an_array_in_chunks_of_any_size():
     values = [{"text": text} for text in TEXTS] + [12, 3.5e2, "x", None, [1, [2]]]
     for chunk in (1, 2, 7, 64, 10**6):

@@ -19,7 +19,10 @@ from parity_tests.data.test_corpus import streamed
 from parity_tests.support.data import FailingSource, make_texts, write_json_lines, write_parquet, write_tokenizer
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.corpus import DataError, Reader, compare_identity
-from train.data.packing import Batch, DataOptions, Prefetcher, document_rows, open_data, pack
+from train.data.feed import open_data
+from train.data.options import DataOptions
+from train.data.packing import Batch, document_rows, pack
+from train.data.prefetch import Prefetcher
 
 TEXTS = make_texts(120)
 KINDS = ["parquet", "jsonl", "datasets"]
@@ -51,7 +54,7 @@ def make_data(tokenizer_folder, tmp_path_factory):
         }
         data = open_data(DataOptions(**{**settings, **changes}), folder / "run")
         if kind == "datasets":
-            data.source = streamed(folder / "corpus")
+            data.corpora[0].source = streamed(folder / "corpus")
         return data
 
     return make
@@ -90,7 +93,7 @@ def documents_in(data, batches):
 
 
 def training_texts(data):
-    return [document.text for document in Reader(data.source) if data.is_training(document)]
+    return [document.text for document in Reader(data.corpora[0].source) if data.is_training(document)]
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -146,9 +149,9 @@ def test_every_position_gives_the_next_batch(seq_len, make_data):
     data = make_data(seq_len=seq_len, texts=TEXTS[:40])
     straight = take(data, 160)
     assert straight[-2].cursor["epoch"] >= 1
-    reader = Reader(data.source, data.is_training)
+    reader = Reader(data.corpora[0].source, data.is_training)
     for batch, expected in itertools.pairwise(straight):
-        following = next(pack(reader, data.tokenizer, data.options, batch.cursor))
+        following = next(pack([reader], data.tokenizer, data.options, batch.cursor))
         assert hashes([following]) == hashes([expected]) and following.cursor == expected.cursor
 
 
@@ -169,7 +172,7 @@ def test_an_epoch_visits_every_document_once(kind, make_data):
 
 def test_batches_say_which_documents_they_hold(make_data):
     data = make_data()
-    places = {document.text: document.place for document in Reader(data.source)}
+    places = {document.text: document.place for document in Reader(data.corpora[0].source)}
     batch = take(data, 1)[0]
     assert [places[text] for text in documents_in(data, [batch])] == list(batch.documents)[: len(batch.documents) - 1]
 
@@ -325,7 +328,8 @@ def test_the_default_corpus_with_a_trained_tokenizer(tmp_path):
 def test_after_a_lasting_error_the_run_can_go_on_later(make_data):
     data = make_data(data_retries=2, validation_rows=0)
     straight = take(data, 60)
-    healthy, data.source = data.source, FailingSource(data.source, rows=40, failures=3, lasting=True)
+    healthy = data.corpora[0].source
+    data.corpora[0].source = FailingSource(healthy, rows=40, failures=3, lasting=True)
     batches = data.batches()
     got = []
     with pytest.raises(DataError, match="after 3 attempts"):
@@ -334,7 +338,7 @@ def test_after_a_lasting_error_the_run_can_go_on_later(make_data):
     assert len(got) > 5
     with pytest.raises(DataError):
         next(batches)
-    data.source = healthy
+    data.corpora[0].source = healthy
     got += take(data, 60 - len(got), got[-1].cursor)
     assert hashes(got) == hashes(straight)
 
@@ -342,9 +346,9 @@ def test_after_a_lasting_error_the_run_can_go_on_later(make_data):
 def test_short_failures_change_nothing(make_data, caplog):
     data = make_data(data_retries=2)
     straight = take(data, 60)
-    data.source = FailingSource(data.source, rows=25, failures=5)
+    data.corpora[0].source = FailingSource(data.corpora[0].source, rows=25, failures=5)
     assert hashes(take(data, 60)) == hashes(straight)
-    assert data.source.failures == 0 and caplog.text.count("connection lost") == 5
+    assert data.corpora[0].source.failures == 0 and caplog.text.count("connection lost") == 5
 
 
 # ------------------------------------------------------------------------------------------------- working ahead
@@ -410,7 +414,7 @@ def test_no_thread_outlives_its_batches(make_data):
 
 def test_closing_cuts_the_wait_before_another_attempt_short(make_data):
     data = make_data(retry_wait=60.0, validation_rows=0)
-    data.source = FailingSource(data.source, rows=0, failures=1)
+    data.corpora[0].source = FailingSource(data.corpora[0].source, rows=0, failures=1)
     batches = data.batches()
     time.sleep(0.2)
     start = time.monotonic()
@@ -435,11 +439,12 @@ import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 from pathlib import Path
 from parity_tests.data.test_corpus import streamed
-from train.data.packing import DataOptions, open_data
+from train.data.feed import open_data
+from train.data.options import DataOptions
 corpus = Path({data.options.dataset!r})
 data = open_data(DataOptions(**{dataclasses.asdict(data.options)!r}), corpus.parent / "run", resume=True)
 if {kind!r} == "datasets":
-    data.source = streamed(corpus)
+    data.corpora[0].source = streamed(corpus)
 batches = data.batches()
 next(batches), next(batches)
 print(time.time())

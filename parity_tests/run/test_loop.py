@@ -14,11 +14,12 @@ import pytest
 
 from parity_tests.support.fakes import FakeBackend, FakeData, small_options
 from torch_ref.spec.interface import IGNORE, UserError
+from train.data.feed import Validation
 from train.run.loop import COMPLETE, FAILED, Run, fixed_size_parts
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
-from train.run.runlog import read_metrics
+from train.run.runlog import read_metrics, validation_curves
 
 
 class Stage:
@@ -279,6 +280,27 @@ def test_validation_weighs_tokens_and_counts_bytes(straight: Stage) -> None:
     assert last["loss"] == pytest.approx(loss_sum / scored.sum(), rel=1e-12)
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]), rel=1e-12)
     assert last["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / 100, rel=1e-12)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_validation_datasets_have_records_of_their_own(stage: Stage, held_out: bool) -> None:
+    """The held-out rows decide on the best state, or where there are none the first dataset."""
+    stage.backend.validation_losses = lambda step: {4: 3.0, 8: 2.0, 12: 4.0, 15: 5.0}[step]
+    own = Validation(stage.data._rows(3, seed=5), 50)
+    others = {"news": own, "code": own._replace(bytes=10)}
+    stage.data.validations = (stage.data.validations if held_out else {}) | others
+    assert stage.train() == COMPLETE
+    curves = validation_curves(read_metrics(stage.run_dir))
+    assert list(curves) == [None, "news", "code"] if held_out else ["news", "code"]
+    assert [record["loss"] for record in curves["code"]] == [3.0, 2.0, 4.0, 5.0]
+    assert curves["code"][0]["bits_per_byte"] == pytest.approx(3.0 * 24 / math.log(2) / 10)
+    judged = [name for name, records in curves.items() if "best_step" in records[0]]
+    assert judged == [None if held_out else "news"] and stage.files("best") == ["step_8.npz"]
+    assert "Validation at step 8, code | Loss: 2.0000 | Perplexity: 7.39 | Bits per byte: 6.9249\n" in stage.text
+    judge, bits = ("", "1.0099") if held_out else (", news", "1.3850")
+    best = f"Validation at step 8{judge} | Loss: 2.0000 | Perplexity: 7.39 | Bits per byte: {bits} (the best so far)"
+    assert best in stage.text
+    assert "Validation dataset news: 3 rows" in stage.text
 
 
 @pytest.mark.parametrize(("interval", "at"), [(0, []), (6, [6, 12, 15]), (15, [15]), (16, [])])

@@ -48,6 +48,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         checkpoint_interval=3,
         device="cpu",
     )
+    (tmp_path / "own.txt").write_text(" ".join(words))
+    (tmp_path / "own.csv").write_text("text\n" + "".join(f"{text[:200]}\n" for text in documents[::2]))
     file = tmp_path / "small.toml"
     file.write_text(options.to_toml())
     return file
@@ -101,7 +103,9 @@ def test_a_run_of_each_framework(settings: Path, framework: str, capsys: pytest.
 def test_both_mains_give_the_same_numbers(settings: Path, x64: None) -> None:
     torch = pytest.importorskip("torch")
     for framework in MAINS:
-        assert train(framework, "--config", str(settings), "--dtype", "float64", "--run-dir", framework) == 0
+        also = ["--validation-dataset", "own=own.txt", "--dataset", "text.jsonl", "--dataset", "own.csv"]
+        shared = ["--config", str(settings), "--dtype", "float64", "--run-dir", framework]
+        assert train(framework, *shared, *also) == 0
     for ours, theirs in zip(steps("flax"), steps("torch"), strict=True):
         for name in ("loss", "balance_loss", "grad_norm", "learning_rate"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-9), (ours["step"], name)
@@ -110,6 +114,7 @@ def test_both_mains_give_the_same_numbers(settings: Path, x64: None) -> None:
     validations = [[r for r in read_metrics(Path(name)) if r["kind"] == "validation"] for name in MAINS]
     for ours, theirs in zip(*validations, strict=True):
         assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-9)
+    assert [r.get("dataset") for r in validations[0]] == [None, "own"] * (len(validations[0]) // 2)
     samples = [[r["text"] for r in read_metrics(Path(name)) if r["kind"] == "sample"] for name in MAINS]
     assert len(samples[0]) == len(samples[1]) == 1
 

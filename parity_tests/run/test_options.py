@@ -12,6 +12,8 @@ import pytest
 from torch_ref.spec.config import PRESETS, ModelConfig
 from torch_ref.spec.interface import UserError
 from train.command_line import parse, settings_table
+from train.data.hub import DEFAULT_CONFIGS
+from train.data.options import Dataset
 from train.run.options import Options, flag, trajectory_differences
 
 PROMISED = (
@@ -47,7 +49,8 @@ def test_the_default_is_the_full_run() -> None:
     assert (options.beta1, options.beta2) == (0.9, 0.95)
     assert (options.checkpoint_interval, options.eval_interval, options.sample_interval) == (1000, 500, 500)
     assert (options.micro_batch_size, options.keep_checkpoints, options.patience) == (1, 0, 0)
-    assert (options.data.dataset, options.data.dataset_config) == ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2")
+    assert options.dataset == ("HuggingFaceTB/smollm-corpus",)
+    assert DEFAULT_CONFIGS[options.dataset[0]] == "cosmopedia-v2"
     assert options.data.tokenizer == "HuggingFaceTB/cosmo2-tokenizer"
 
 
@@ -58,8 +61,23 @@ def test_presets_name_their_model(preset: str) -> None:
 
 
 def test_another_hub_dataset_has_no_configuration_of_its_own() -> None:
-    assert read("--dataset", "some/corpus").data.dataset_config is None
-    assert read("--dataset", "some/corpus", "--dataset-config", "en").data.dataset_config == "en"
+    assert read("--dataset", "some/corpus").data.datasets()[0].config is None
+    assert read("--dataset", "some/corpus", "--dataset-config", "en").data.datasets()[0].config == "en"
+
+
+def test_what_is_repeated_takes_the_place_of_what_is_below(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text('dataset = "a"\nvalidation_dataset = "n=x"\ndataset_weights = 2')
+    (tmp_path / "two.toml").write_text('dataset = ["a", "b"]\ndataset_weights = [1, 2.5]\ntext_field = ["t", "u"]')
+    one, two = (read("--config", str(tmp_path / f"{name}.toml")) for name in ("one", "two"))
+    assert (one.dataset, one.validation_dataset, one.dataset_weights) == (("a",), ("n=x",), (2.0,))
+    assert two.data.datasets() == [Dataset("a", None, None, "t", 1.0), Dataset("b", None, None, "u", 2.5)]
+    (tmp_path / "again.toml").write_text(two.to_toml())
+    assert read("--config", str(tmp_path / "again.toml")) == dataclasses.replace(two, config=tmp_path / "again.toml")
+    over = read("--config", str(tmp_path / "two.toml"), "--dataset", "c", "--dataset=d", "--text-field", "v")
+    assert (over.dataset, over.text_field) == (("c", "d"), ("v",))
+    (tmp_path / "wrong.toml").write_text('dataset = ["a", 2]')
+    with pytest.raises(UserError, match="dataset = "):
+        read("--config", str(tmp_path / "wrong.toml"))
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -67,7 +85,7 @@ def test_precedence(tmp_path: Path) -> None:
     file.write_text('preset = "tiny"\nsteps = 70\nlearning_rate = 1\n[model]\nnum_layers = 3\n')
     tiny = read("--preset", "tiny")
     options = read("--config", str(file), "--steps", "90", "--num-heads", "2")
-    assert options.preset == "tiny" and options.dataset == "python-docs"
+    assert options.preset == "tiny" and options.dataset == ("python-docs",)
     assert (tiny.steps, options.steps) != (70, 70) and options.steps == 90  # flag over file
     assert options.learning_rate == 1.0 and isinstance(options.learning_rate, float)  # file over preset
     assert options.warmup_steps == tiny.warmup_steps  # preset over default
@@ -125,6 +143,17 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         ),
         (["--seq-len", "4096"], "--seq-len 4096: must be at most --max-position 2048"),
         (["--patience", "3", "--eval-interval", "0"], "--patience 3: needs validation"),
+        (["--patience", "3", "--validation-fraction", "0"], "--patience 3: needs validation"),
+        (["--validation-fraction", "1.5"], "--validation-fraction 1.5: must be from 0 to 1"),
+        (["--dataset", "a", "--dataset", "b", "--dataset-weights", "1"], "--dataset-weights: 1 for 2 --dataset"),
+        (["--dataset-weights", "0"], "--dataset-weights 0.0: each must be a number above 0"),
+        (["--text-field", "a", "--text-field", "b"], "--text-field: 2 for 1 --dataset"),
+        (["--validation-dataset", "a/b=c"], "--validation-dataset a/b=c: must be NAME=FILES"),
+        (
+            ["--validation-dataset", "a=b", "--validation-dataset", "a=c"],
+            "--validation-dataset a=c: must be NAME=FILES",
+        ),
+        (["--document-bytes", "10"], "--document-bytes 10: must be 0 or from 256"),
         (["--first-k-dense", "31"], "first_k_dense = 31: must be at most 30"),
         (["--num-kv-heads", "2"], "num_kv_heads = 2: must divide num_heads = 9"),
         (["extra"], "unknown option extra"),

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from parity_tests.support.fakes import small_options
 from torch_ref.spec.interface import UserError
+from train.run.board import Board
 from train.run.runlog import RunLog, cut_logs, read_metrics, step_line
 from train.run.signals import StopSignals
 from train.runs import find_runs, main, summarize
@@ -54,6 +55,15 @@ def test_metrics_are_json_at_full_precision(tmp_path: Path) -> None:
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
     assert first["loss"] == 1 / 3 and first["grad_norm"] is None and first["nested"] == {"a": [None, 1]}
     assert (first["kind"], second["kind"], second["loss"]) == ("step", "validation", None)
+
+
+def test_each_validation_dataset_has_curves_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, float] = {}
+    monkeypatch.setattr(Board, "add", lambda self, step, scalars, texts: written.update(scalars))
+    with RunLog(tmp_path, 0, small_options(tensorboard=True)) as log:
+        log.validation({"step": 1, "loss": 2.0}, "line")
+        log.validation({"step": 1, "dataset": "news", "loss": 3.0}, "line")
+    assert written == {"validation/loss": 2.0, "validation/news/loss": 3.0}
 
 
 def test_logs_are_cut_back(tmp_path: Path) -> None:
@@ -152,6 +162,7 @@ def shelf(tmp_path: Path) -> Path:
             for step in range(1, steps + 1):
                 log.step(values(step, loss=3.0 / step, tokens_seen=1000 * step), "line")
             log.validation({"step": steps, "loss": 1.25}, "line")
+            log.validation({"step": steps, "dataset": "news", "loss": 0.25}, "line")
             log.validation({"step": steps, "loss": 1.75}, "line")
             if state:
                 log.end(steps, state)

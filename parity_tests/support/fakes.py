@@ -19,6 +19,7 @@ from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
 from train.data.corpus import DataError
+from train.data.feed import HELD_OUT, Validation
 from train.data.packing import Rows
 from train.run.options import Options
 
@@ -190,6 +191,7 @@ class FakeData:
         self.validation_bytes = 100
         self.bad_rows = 0
         self.notes: list[str] = []
+        self.validations = {HELD_OUT: Validation(self.validation, self.validation_bytes)}
         self.fails_at: int | None = None
         """Number (from 0) of the batch that cannot be read."""
         self.given: list[int] = []

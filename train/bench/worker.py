@@ -221,7 +221,7 @@ READERS = {"torch": read_in_torch, "jax": read_in_jax}
 
 
 def input_options(case: Case, folder: str) -> Any:
-    from train.data.packing import DataOptions
+    from train.data.options import DataOptions
 
     vocab = case.config.vocab_size
     return DataOptions("python-docs", tokenizer="bpe", vocab_size=min(vocab, 8192), seq_len=case.seq_len)
@@ -229,7 +229,7 @@ def input_options(case: Case, folder: str) -> Any:
 
 def input_rate(case: Case) -> float:
     """Tokens a second that tokenising and packing deliver, through the thread that feeds the loop."""
-    from train.data.packing import open_data
+    from train.data.feed import open_data
 
     with tempfile.TemporaryDirectory() as folder:
         batches = open_data(input_options(case, folder), Path(folder)).batches()
@@ -246,7 +246,7 @@ def input_rate(case: Case) -> float:
 
 def bare_tokenizer_rate(case: Case) -> float:
     """Tokens a second of the tokenizer alone on the same text, in one batch."""
-    from train.data.packing import open_data
+    from train.data.feed import open_data
     from train.data.python_docs import python_documents
 
     texts = [text for _, text in python_documents()]

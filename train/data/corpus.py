@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,8 @@ def as_document(row: Row, rules: TextRules) -> Document | Bad:
 
 
 class Reader:
-    """Documents of a source that `keep` accepts, read from a position and read again after an error.
+    """Documents of a source that `keep` accepts, read from a position and read again after an error. Its `name` is for
+    messages, a `label` goes before the places of its rows.
 
     `retries` attempts follow a failed one, after waits that start at `wait` seconds and double.
     """
@@ -104,8 +105,11 @@ class Reader:
         retries: int = 5,
         wait: float = 1.0,
         rules: TextRules = PLAIN,
+        name: str = "",
+        label: str = "",
     ):
         self.source, self.keep, self.retries, self.wait, self.rules = source, keep, retries, wait, rules
+        self.name, self._label = name, label
         self.bad_rows = BadRows() if bad_rows is None else bad_rows
         self.stop = threading.Event()
         """Set from another thread, it makes the reader give up, also while it waits."""
@@ -146,6 +150,7 @@ class Reader:
         for row in self._stream:
             if self.stop.is_set():
                 raise DataError(_GIVEN_UP)
+            row = Row(row.value, self._label + row.place)
             document = as_document(row, self.rules)
             if isinstance(document, Bad):
                 self.bad_rows.add(row.place, document.reason)
@@ -159,10 +164,14 @@ class Reader:
 
     def __iter__(self) -> Iterator[Document]:
         """One epoch, document by document."""
+        return self.documents()
+
+    def documents(self, together: int = 64) -> Iterator[Document]:
+        """One epoch; so many documents are read together."""
         state: dict | None = None
         try:
             while True:
-                documents, state = self.read(state, 64)
+                documents, state = self.read(state, together)
                 yield from documents
                 if state is None:
                     return
@@ -175,14 +184,14 @@ class Reader:
         self._stream = self._position = None
 
 
-def held_out_below(reader: Reader, fraction: float) -> int:
+def held_out_below(documents: Iterable[Document], fraction: float) -> int:
     """The bound on a document's digest under which it is held out, so that about `fraction` of all documents are.
 
     Where that would hold out none (a small corpus), the bound takes the one document with the smallest digest; 0 if
     there is but one document."""
     bound = int(fraction * 2**DIGEST_BITS)
     smallest: set[int] = set()
-    for document in reader:
+    for document in documents:
         if document.digest < bound:
             return bound
         smallest = set(heapq.nsmallest(2, smallest | {document.digest}))

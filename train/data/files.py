@@ -43,13 +43,19 @@ def kind_of(file: Path) -> str | None:
 
 
 def find_files(
-    pattern: str, is_data: Callable[[Path], bool], without: Collection[Path] = (), former: bool = False
+    pattern: str,
+    is_data: Callable[[Path], bool],
+    without: Collection[Path] = (),
+    former: bool = False,
+    option: str = "--dataset",
 ) -> Found:
     """The files that a path, a folder (searched with its subfolders, links too) or a glob names.
 
     In a folder, `.json` files that `is_data` refuses are left out, and so are READMEs and other `.md` files where
     there are rows beside them: those of a dataset's repository describe it. `without` are left out as well. `former`
-    searches a folder as runs did that began before. Raises `UserError` if there is no file that can be read."""
+    searches a folder as runs did that began before. `option` named the pattern.
+
+    Raises `UserError` if there is no file that can be read."""
     path = user_path(pattern)
     left_out: dict[str, list[str]] = {}
     if path.is_dir():
@@ -76,12 +82,14 @@ def find_files(
             leave_out("no rows with the text field", lambda file: kind_of(file) == ".json" and not is_data(file))
             if any(kind_of(file) not in TEXTS for file in files):
                 leave_out("documentation beside data", _is_documentation)
+    if not files and left_out.get("for validation"):
+        raise UserError(f"{option} {pattern}: all of it is in a --validation-dataset")
     if not files:
         what = "is not" if path.is_file() else "there is no file there that is"
         others = f" ({in_words(left_out)})" if left_out and path.is_dir() else ""
         kinds = " ".join(TABLES + LINES + TEXTS)
         raise UserError(
-            f"--dataset {pattern}: {what} of a kind that can be read: {kinds}, the latter "
+            f"{option} {pattern}: {what} of a kind that can be read: {kinds}, the latter "
             f"{len(LINES + TEXTS)} also with {' '.join(COMPRESSIONS)}{others}"
         )
     return Found(root, files, left_out)

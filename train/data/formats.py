@@ -305,7 +305,7 @@ def column_values(column: Any, below: str, start: int) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def check_file(file: Path, text_field: str) -> None:
+def check_file(file: Path, text_field: str, option: str = "--dataset") -> None:
     """Raises `UserError`, naming the cause, if a file of rows can't be read or has no text field. Text files are not
     looked into: each is a row by itself, and a bad one is skipped as such."""
     kind = kind_of(file)
@@ -321,20 +321,20 @@ def check_file(file: Path, text_field: str) -> None:
             with open_bytes(file) as stream:
                 head = stream.read(_HEAD)
             if kind in LINES:
-                _check_lines(file, kind, text_field, head)
+                _check_lines(file, kind, text_field, head, option)
     except UserError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"--dataset: {file} can't be read as {''.join(file.suffixes[-2:]).lstrip('.')}: "
+            f"{option}: {file} can't be read as {''.join(file.suffixes[-2:]).lstrip('.')}: "
             f"{type(error).__name__}: {lines[0]}"
         ) from error
 
 
-def _check_lines(file: Path, kind: str, text_field: str, head: bytes) -> None:
+def _check_lines(file: Path, kind: str, text_field: str, head: bytes, option: str) -> None:
     if encoding := foreign_encoding(head):
-        raise UserError(f"--dataset: {file} is {_not_utf8(encoding)}")
+        raise UserError(f"{option}: {file} is {_not_utf8(encoding)}")
     if kind in (".csv", ".tsv"):
         names, _ = csv_columns(file)
         if text_field not in names:
@@ -343,7 +343,7 @@ def _check_lines(file: Path, kind: str, text_field: str, head: bytes) -> None:
     first = head.removeprefix(_BYTE_ORDER_MARK).lstrip().split(b"\n")[0].rstrip()
     if first[:1] == b"{" and first[-1:] in (b"{", b"[", b","):
         raise UserError(
-            f"--dataset: {file} holds one JSON object over several lines; give an array of objects, or one a line"
+            f"{option}: {file} holds one JSON object over several lines; give an array of objects, or one a line"
         )
 
 

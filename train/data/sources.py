@@ -71,6 +71,7 @@ class FileSource:
         name: what the identity calls them.
         document_bytes: text files are cut into documents of at most this size; 0: each is one.
         without: files that are left out.
+        option: which names them, for messages.
         former: find and read the files as runs did that began before nested fields, arrays and whole text files.
     """
 
@@ -82,8 +83,9 @@ class FileSource:
         document_bytes: int = 0,
         without: Collection[Path] = (),
         former: bool = False,
+        option: str = "--dataset",
     ):
-        found = find_files(pattern, lambda file: has_text_field(file, text_field), without, former)
+        found = find_files(pattern, lambda file: has_text_field(file, text_field), without, former, option)
         self.root, self.files, self.text_field = found.root, found.files, text_field
         if former:
             document_bytes = FORMER_DOCUMENT_BYTES
@@ -96,7 +98,7 @@ class FileSource:
         }
         for file in self.files:
             if not former or file.suffix == ".parquet":
-                check_file(file, text_field)
+                check_file(file, text_field, option)
         kinds = {kind_of(file) for file in self.files}
         self.identity = {
             "dataset": name,

@@ -15,7 +15,7 @@ from torch_ref.spec.config import SpecificationError
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.memory import choose_remat
 from train import command_line
-from train.data.packing import open_data
+from train.data.feed import open_data
 from train.run.loop import Run
 from train.run.options import Options
 from train.state.resume import own_checkpoints

@@ -30,7 +30,8 @@ import numpy as np
 from torch_ref.spec.interface import IGNORE, Backend, StepResult, UserError
 from torch_ref.spec.storage import write_errors, write_whole
 from train.data.corpus import DataError, compare_identity
-from train.data.packing import Batch, Data
+from train.data.feed import HELD_OUT, Data, Validation
+from train.data.packing import Batch
 from train.plot import plot_runs
 from train.run.lr_finder import find_learning_rate
 from train.run.options import Options, trajectory_differences
@@ -283,41 +284,41 @@ class Run:
     # --------------------------------------------------------------------------- validation, checkpoints, samples
 
     def validate(self) -> None:
-        """Loss on the held-out rows; keep the state if it is the best so far."""
-        loss_sum, tokens = 0.0, 0
-        for inputs, targets in fixed_size_parts(
-            *self.data.validation, self.options.rows_per_pass * self.options.devices
-        ):
-            part_sum, part_tokens = self.backend.evaluate(inputs, targets)
-            loss_sum += part_sum
-            tokens += part_tokens
-        if not tokens:
-            return
-        loss = loss_sum / tokens
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(loss))
-        bits_per_byte = loss_sum / math.log(2) / self.data.validation_bytes
-        better = self.progress.validated(self.step, loss, self.options.min_delta)
-        values = {
-            "step": self.step,
-            "loss": loss,
-            "perplexity": perplexity,
-            "bits_per_byte": bits_per_byte,
-            "tokens": tokens,
-            "best_step": self.progress.best_step,
-            "stale_validations": self.progress.stale_validations,
-        }
-        verdict = "the best so far" if better else f"the best was at step {self.progress.best_step}"
-        self.log.validation(
-            values,
-            f"Validation at step {self.step} | Loss: {loss:.4f} | Perplexity: {perplexity:.2f} | "
-            f"Bits per byte: {bits_per_byte:.4f} ({verdict})",
-        )
+        """Loss on the held-out rows and on each validation dataset; keep the state if it is the best so far by the
+        first of them."""
+        better: bool | None = None
+        for name, validation in self.data.validations.items():
+            loss, values = self._score(validation)
+            values = {"step": self.step, **({} if name == HELD_OUT else {"dataset": name}), **values}
+            verdict = ""
+            if better is None:
+                better = self.progress.validated(self.step, loss, self.options.min_delta)
+                values["best_step"] = self.progress.best_step
+                values["stale_validations"] = self.progress.stale_validations
+                verdict = " (the best so far)" if better else f" (the best was at step {self.progress.best_step})"
+            self.log.validation(
+                values,
+                f"Validation at step {self.step}{'' if name == HELD_OUT else f', {name}'} | Loss: {loss:.4f} | "
+                f"Perplexity: {values['perplexity']:.2f} | Bits per byte: {values['bits_per_byte']:.4f}{verdict}",
+            )
         if better:
             path = self._write_checkpoint(self.best, f"step_{self.step}")
             for _, other in self.backend.find(self.best):
                 if other != path:
                     self.backend.delete(other)
+
+    def _score(self, validation: Validation) -> tuple[float, dict[str, float]]:
+        """Mean loss in nats per token, and what the log keeps of it."""
+        loss_sum, tokens = 0.0, 0
+        for inputs, targets in fixed_size_parts(*validation.rows, self.options.rows_per_pass * self.options.devices):
+            part_sum, part_tokens = self.backend.evaluate(inputs, targets)
+            loss_sum += part_sum
+            tokens += part_tokens
+        loss = loss_sum / tokens
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(loss))
+        bits_per_byte = loss_sum / math.log(2) / validation.bytes
+        return loss, {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte, "tokens": tokens}
 
     def save(self) -> None:
         """Begin a checkpoint of this step, unless there is one. It may land while training goes on."""

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torch_ref.spec.interface import Backend, UserError
-from train.data.packing import Data
+from train.data.feed import Data
 
 LOWEST, HIGHEST = 1e-6, 1.0
 SWEEP_STEPS = 100

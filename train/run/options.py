@@ -15,13 +15,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
 from torch_ref.spec.storage import user_path
-from train.data.packing import DataOptions
+from train.data.options import DataOptions
 from train.run.schedule import Schedule
+
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+"""A flag that is given once for each value; in TOML one text or a list of them."""
 
 
 def trajectory(default: Any) -> Any:
@@ -79,13 +84,15 @@ class CorpusOptions:
 
     # Which text, in which order and as which tokens, is compared by content on resume (`Data.identity`), not by name:
     # a run may go on where its files lie elsewhere.
-    dataset: str = "HuggingFaceTB/smollm-corpus"
-    """python-docs (comes with Python), files, a folder or a glob (see docs/data.md), or a Hub name."""
-    dataset_config: str | None = None
+    dataset: Repeated = ("HuggingFaceTB/smollm-corpus",)
+    """python-docs (comes with Python), files, a folder, a glob (see docs/data.md), or a Hub name. Repeat it to mix."""
+    dataset_weights: tuple[float, ...] = ()
+    """Of several datasets: how many tokens of each, relative to the others. Default: as many of each."""
+    dataset_config: Repeated = ()
     """Configuration of a Hub dataset. Default: cosmopedia-v2 for smollm-corpus, none for others."""
-    dataset_revision: str | None = None
+    dataset_revision: Repeated = ()
     """Of a Hub dataset. Default: the newest when the run starts, kept from then on."""
-    text_field: str = "text"
+    text_field: Repeated = ("text",)
     """Column, key or nested field (doc.text) that holds text, a list of texts, or a chat (messages)."""
     document_bytes: int = 0
     """Cut .txt and .md files into documents of at most so many bytes, at blank lines; 0: a file is a document."""
@@ -95,10 +102,12 @@ class CorpusOptions:
     """Tokens a row."""
     shuffle_window: int = 2048
     """Documents that are shuffled among each other; 1 keeps their order."""
+    validation_dataset: Repeated = ()
+    """NAME=FILES: files to score besides the held-out rows, with a curve of their own. Repeat it for several."""
     validation_rows: int = 64
-    """Held-out rows at most, never trained on; 0 turns validation off."""
+    """Rows at most that are scored of the held-out documents and of each validation dataset; 0 turns validation off."""
     validation_fraction: float = 0.02
-    """Of all documents, held out."""
+    """Of all documents, held out and never trained on; 0: none."""
     data_retries: int = 5
     """Further attempts when text cannot be read, with growing waits, before the run saves and ends."""
 
@@ -186,6 +195,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         for name, value in vars(self).items():
             if isinstance(value, Path):
                 object.__setattr__(self, name, user_path(value))
+            elif name in REPEATED:
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         at_least_one = (
             "steps batch_size micro_batch_size seq_len loss_chunk shuffle_window checkpoint_interval sample_tokens "
             "max_skipped_steps"
@@ -202,8 +213,11 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             self._require(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
         for name in ("beta1", "beta2"):
             self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
-        for name in ("final_lr_ratio", "top_p", "validation_fraction"):
+        for name in ("final_lr_ratio", "top_p"):
             self._require(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
+        self._require(0 <= self.validation_fraction <= 1, "validation_fraction", "must be from 0 to 1")
+        self.data.datasets()
+        self.data.validation_files()
         self._require(
             self.batch_size % self.rows_per_pass == 0,
             "batch_size",
@@ -217,9 +231,9 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             f"must be at most --max-position {self.model.max_position}",
         )
         self._require(
-            not self.patience or (self.eval_interval and self.validation_rows),
+            not self.patience or (self.eval_interval and self.validates),
             "patience",
-            "needs validation: --eval-interval and --validation-rows above 0",
+            "needs validation: --eval-interval, --validation-rows and --validation-fraction above 0",
         )
 
         self._require(
@@ -232,6 +246,11 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         self._require(
             experts % self.mesh_shape[2] == 0, "mesh", f"expert must be a divisor of --n-routed-experts {experts}"
         )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self.validation_rows > 0 and (self.validation_fraction > 0 or bool(self.validation_dataset))
 
     def _require(self, condition: bool, name: str, rule: str) -> None:
         if not condition:
@@ -289,12 +308,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 
     @property
     def data(self) -> DataOptions:
-        config = self.dataset_config
-        if config is None and self.dataset == CorpusOptions.dataset:
-            config = "cosmopedia-v2"
         return DataOptions(
             dataset=self.dataset,
-            dataset_config=config,
+            dataset_weights=self.dataset_weights,
+            dataset_config=self.dataset_config,
             dataset_revision=self.dataset_revision,
             text_field=self.text_field,
             document_bytes=self.document_bytes,
@@ -304,6 +321,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle_window=self.shuffle_window,
+            validation_datasets=self.validation_dataset,
             validation_rows=self.validation_rows,
             validation_fraction=self.validation_fraction,
             data_retries=self.data_retries,
@@ -335,6 +353,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 MESH_AXES = ("data", "fsdp", "expert")
 
 SECTIONS = Options.__bases__
+REPEATED = tuple(name for name, hint in get_type_hints(Options, include_extras=True).items() if hint == Repeated)
 GROUPS = (*SECTIONS, ModelConfig)
 """The groups of `--help` and of the settings table, in order."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.parameters import count_active_parameters, count_parameters
 from torch_ref.spec.storage import size_in_words
-from train.data.packing import Data
+from train.data.feed import HELD_OUT, Data
 from train.run.options import Options
 
 
@@ -21,13 +21,20 @@ def overview(options: Options, backend: Backend, data: Data, run_dir: Path) -> s
         f"Model: {options.preset}, {parameters:,} parameters, {active:,} of them active per token\n"
         f"Device: {backend.device}; {backend.framework}, {compute.dtype}, attention {compute.attention}, "
         f"experts {compute.moe}, rematerialisation {compute.remat}\n"
-        f"Data: {options.dataset}, tokenizer {options.tokenizer} of {data.tokenizer.vocab_size:,} tokens, "
+        f"Data: {', '.join(options.dataset)}, tokenizer {options.tokenizer} of {data.tokenizer.vocab_size:,} tokens, "
         f"{len(data.validation[0])} validation rows\n"
+        f"{own_validations(data)}"
         f"{''.join(f'Data: {note}{chr(10)}' for note in data.notes)}"
         f"Batch: {options.batch_size} x {options.seq_len} = {tokens:,} tokens a step, accumulated over "
         f"{options.micro_batches} batches\n"
         f"{disk_estimate(options, run_dir)}"
     )
+
+
+def own_validations(data: Data) -> str:
+    """A line for each validation dataset."""
+    own = {name: validation for name, validation in data.validations.items() if name != HELD_OUT}
+    return "".join(f"Validation dataset {name}: {len(rows.inputs)} rows\n" for name, (rows, _) in own.items())
 
 
 def disk_estimate(options: Options, run_dir: Path) -> str:
@@ -37,7 +44,7 @@ def disk_estimate(options: Options, run_dir: Path) -> str:
     if options.keep_checkpoints:
         # The oldest one goes when the new one is whole.
         checkpoints = min(checkpoints, options.keep_checkpoints + 1)
-    best = options.eval_interval > 0 and options.validation_rows > 0
+    best = options.eval_interval > 0 and options.validates
     weights = count_parameters(options.model) * (8 if options.dtype == "float64" else 4)
     needed = weights * (3 * (checkpoints + 2 * best) + 1)
     present = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())

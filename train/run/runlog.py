@@ -123,8 +123,9 @@ class RunLog:
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         _write(self._metrics, json.dumps({"kind": kind, **_finite(values)}, ensure_ascii=False))
+        group = f"{kind}/{values['dataset']}" if "dataset" in values else kind
         scalars = {
-            f"{kind}/{name}": float(value)
+            f"{group}/{name}": float(value)
             for name, value in values.items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
@@ -241,6 +242,15 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return record if complete else None
+
+
+def validation_curves(records: list[dict[str, Any]]) -> dict[str | None, list[dict[str, Any]]]:
+    """Validations by dataset, None for the held-out rows; the first one is that which decided on the best state."""
+    curves: dict[str | None, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["kind"] == "validation":
+            curves.setdefault(record.get("dataset"), []).append(record)
+    return dict(sorted(curves.items(), key=lambda curve: curve[0] is not None))
 
 
 def cut_logs(run_dir: Path, step: int) -> int:

@@ -88,8 +88,8 @@ def _training(state: TrainingState) -> str:
     options, progress = state.meta.get("options", {}), state.meta.get("progress", {})
     facts = []
     if "dataset" in options:
-        config = f", {options['dataset_config']}" if options.get("dataset_config") else ""
-        facts.append(f"data: {options['dataset']}{config}; tokenizer {options['tokenizer']}")
+        config = f", {_listed(options['dataset_config'])}" if options.get("dataset_config") else ""
+        facts.append(f"data: {_listed(options['dataset'])}{config}; tokenizer {options['tokenizer']}")
         facts.append(
             f"rows of {options['seq_len']:,} tokens, {options['batch_size']} a step; learning rate up to "
             f"{options['learning_rate']:g}; seed {options['seed']}; computed in {options['dtype']}"
@@ -103,6 +103,11 @@ def _training(state: TrainingState) -> str:
         at = f", at step {progress['best_step']:,}" if "best_step" in progress else ""
         facts.append(f"lowest loss on held-out text: {_loss(progress['best_loss'])}{at}")
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts) if facts else ""
+
+
+def _listed(values: str | list[str]) -> str:
+    """One value, or all of several."""
+    return values if isinstance(values, str) else ", ".join(values)
 
 
 def _loss(loss: float) -> str:

@@ -24,7 +24,7 @@ from torch_ref.spec.config import PRESETS, ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import with_user_paths, write_json
 from train.command_line import first_sentence
-from train.data.packing import Data, open_data
+from train.data.feed import Data, open_data
 from train.data.tokenizer import load_tokenizer
 from train.warm_start.options import WarmStartOptions, check_options
 from train.warm_start.report import draw, print_tables

@@ -21,7 +21,9 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import Parameter
 from torch_ref.spec.storage import read_json, write_json
 from train.data.corpus import Reader, open_source
-from train.data.packing import Data, DataOptions, Rows, rows_of
+from train.data.feed import Data
+from train.data.options import DataOptions
+from train.data.packing import Rows, rows_of
 from train.data.tokenizer import TextTokenizer
 from train.warm_start.attention import convert_attention
 from train.warm_start.experts import balanced_router, upcycled_values
