@@ -89,6 +89,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.0002)
 
 
 def last_step(run_dir: Path) -> int:
@@ -114,7 +115,7 @@ def resumed_at(said: bytes) -> int | None:
     return None
 
 
-def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed: int) -> dict:
+def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed: int, minutes: float) -> dict:
     """Returns the report; raises AssertionError where a run ended by itself in another way than complete."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,15 +133,19 @@ def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed:
     draw, when, lost, unsure, damaged = random.Random(seed), Counter(), [], 0, 0
     before, output = 0, folder / "broken.out"
     output.touch()
+    end = time.monotonic() + 60 * minutes
     for number in range(kills):
+        if time.monotonic() > end:
+            break
         size = output.stat().st_size
         process = start(framework, [*argv, "--run-dir", str(broken)], output)
         kind = draw.choices(KINDS, (1, 2, 3))[0]
         if kind == STARTING:
             time.sleep(draw.uniform(0, 2))
         else:
-            wait_for(lambda size=size: b"\nStep " in output.read_bytes()[size:])
-            time.sleep(draw.uniform(0, 0.4))
+            steps_first = draw.randint(1, 4 * INTERVAL)
+            wait_for(lambda size=size, n=steps_first: output.read_bytes()[size:].count(b"\nStep ") >= n)
+            time.sleep(draw.uniform(0, 0.02))
         if kind == SAVING:
             wait_for(lambda: being_written(broken))
             time.sleep(draw.choice((0, 0, 0.001, 0.003, 0.01)))
@@ -179,8 +184,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=600, help="no more kills after this time")
     options = parser.parse_args()
-    report = kill_and_compare(options.framework, options.folder, options.kills, options.steps, options.seed)
+    report = kill_and_compare(
+        options.framework, options.folder, options.kills, options.steps, options.seed, options.minutes
+    )
     print(json.dumps(report, indent=2))
     return 0 if report["joined log equals the unbroken one"] else 1
 
