@@ -22,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_ref.spec.checkpoint import checksum
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.huggingface_config import DEFAULTS, SIDECAR, read_config, transformers_config
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import Parameter, parameter_table
-from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, fresh_folder, read_json, write_json
+from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, checksum, fresh_folder, read_json, write_json
 from torch_ref.spec.training_state import LazyArrays
 
 _SEGMENTS = {
