@@ -4,6 +4,7 @@
     python -m train.bench --only step --json rows.json     whole train steps of smol-774m
     python -m train.bench --only sweep --plot sweep.png    lengths, experts, micro-batches
     python -m train.bench --only memory                    precision and rematerialisation, speed against memory
+    python -m train.bench --gpu-check                      what a GPU computes right, and how fast (`gpu_check.py`)
 
 Every system is measured in a process of its own, one after the other: a first call that warms up, then the median.
 Throughput is also shown as a fraction of the fastest large matrix product that either framework reached in the same
@@ -19,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.storage import user_path
-from train.bench.cases import Case, to_json
+from train.bench.cases import Case, to_json, with_fractions
 
 TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "memory", "sweep")
 SYSTEMS = ("flax", "torch_ref", "transformers")
@@ -109,22 +110,6 @@ def run_case(case: Case) -> list[dict]:
         reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}; out of memory?"])[-1]
         print(f"{case.system} {case.preset} {case.dtype} {'/'.join(case.tasks)}: {reason}", file=sys.stderr)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def with_fractions(rows: Iterable[dict]) -> list[dict]:
-    """Throughput as a fraction of what the run's limits allow: `fraction_of_ceiling` of the fastest matrix product in
-    the same dtype."""
-    rows = list(rows)
-    for row in rows:
-        flops = row.pop("flops_per_token", None)
-        limits = [
-            other["value"]
-            for other in rows
-            if other["system"] == "ceiling" and other["unit"] == "GFLOP/s" and other["dtype"] == row["dtype"]
-        ]
-        if flops and limits:
-            row["fraction_of_ceiling"] = row["value"] * flops / 1e9 / max(limits)
-    return rows
 
 
 def table(rows: list[dict]) -> str:
@@ -219,6 +204,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--repeats", type=int, help="calls after the first, of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the tiny model, few repeats: ends within two minutes")
+    parser.add_argument("--gpu-check", action="store_true", help="another program: see its own --help")
     parser.add_argument("--json", type=user_path, help="write the rows to this file")
     parser.add_argument("--plot", type=user_path, help="draw the gradient rows to this PNG file")
     args = parser.parse_args(argv)
@@ -259,6 +245,11 @@ def names(option: str, given: str | None, known: tuple[str, ...]) -> tuple[str, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--gpu-check" in argv:
+        from train.bench import gpu_check
+
+        return gpu_check.main([word for word in argv if word != "--gpu-check"])
     try:
         plan, args = parse(argv)
         for path in filter(None, (args.json, args.plot)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -26,9 +27,13 @@ class Case:
     accumulation: int = 1
     """Micro-batches of a step."""
     remat: str = "off"
+    attention: str = "auto"
+    moe: str = "auto"
     repeats: int = 3
     new_tokens: int = 32
     """Of a generated text."""
+    decode_batch: int = 8
+    """Of the larger batch of generated texts."""
     device: str = "auto"
     spawned: float = 0.0
     """When the process was started, in seconds since the epoch."""
@@ -39,7 +44,7 @@ class Case:
 
     @property
     def compute(self) -> ComputeConfig:
-        return ComputeConfig(dtype=self.dtype, remat=self.remat)
+        return ComputeConfig(dtype=self.dtype, attention=self.attention, moe=self.moe, remat=self.remat)
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -83,3 +88,21 @@ def bytes_per_token(case: Case) -> float:
 
 def to_json(case: Case) -> str:
     return json.dumps(asdict(case))
+
+
+def with_fractions(rows: Iterable[dict]) -> list[dict]:
+    """Throughput as a fraction of what the run's limits allow: `fraction_of_ceiling` of the fastest matrix product in
+    the same dtype."""
+    rows = list(rows)
+    for row in rows:
+        flops = row.pop("flops_per_token", None)
+        if flops is None:
+            continue
+        limits = [
+            other["value"]
+            for other in rows
+            if other.get("system") == "ceiling" and other["unit"] == "GFLOP/s" and other["dtype"] == row["dtype"]
+        ]
+        if limits:
+            row["fraction_of_ceiling"] = row["value"] * flops / 1e9 / max(limits)
+    return rows

@@ -18,6 +18,7 @@ from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import Sampling
 from torch_ref.spec.parameters import initial_values
 from train.bench.cases import Case
+from train.bench.profile import Kernel, jax_kernels, torch_kernels
 
 
 def clocked(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -121,8 +122,15 @@ class TorchRef(Ours):
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()
 
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            self.torch.cuda.reset_peak_memory_stats()
+
     def device_peak(self) -> int | None:
         return self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+    def kernels(self, run: Callable[[], Any]) -> list[Kernel]:
+        return torch_kernels(run, self.device.type)
 
 
 class Flax(Ours):
@@ -136,7 +144,7 @@ class Flax(Ours):
         from flax_model.backend import FlaxBackend  # imported here, so that start-up counts it
         from flax_model.device import resolve_compute, resolve_device
 
-        self.compile_seconds = 0.0
+        self.compile_seconds, self.earlier_peak = 0.0, 0
         jax.monitoring.register_event_duration_secs_listener(self._count_compiling)
         self.case, self._backend = case, FlaxBackend
         if "startup" in case.tasks:  # as `train.flax_main` does
@@ -173,11 +181,18 @@ class Flax(Ours):
         graphdef, params, biases = from_values(config, initial_values(config, 0), dtype)
         return partial(generate, merge(graphdef, cast_weights(params, self.compute), biases))
 
-    def device_peak(self) -> int | None:
-        import jax
+    def reset_peak(self) -> None:
+        self.earlier_peak = self._peak()
 
-        device = jax.devices()[0]
-        return device.memory_stats()["peak_bytes_in_use"] if device.platform == "gpu" else None
+    def device_peak(self) -> int | None:
+        """JAX cannot reset its peak: where it has not risen since `reset_peak`, 0 says that it is not known."""
+        return None if self.device.platform == "cpu" else self._peak() * (self._peak() > self.earlier_peak)
+
+    def _peak(self) -> int:
+        return (self.device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    def kernels(self, run: Callable[[], Any]) -> list[Kernel]:
+        return jax_kernels(run)
 
 
 class Ticker:
@@ -293,7 +308,8 @@ class Transformers:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    wait, device_peak = TorchRef.wait, TorchRef.device_peak
+    wait, reset_peak, device_peak = TorchRef.wait, TorchRef.reset_peak, TorchRef.device_peak
+    kernels = TorchRef.kernels
 
 
 SYSTEMS = {"flax": Flax, "torch_ref": TorchRef, "transformers": Transformers}

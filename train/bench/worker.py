@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.bench.cases import Case, bytes_per_token, flops_per_token, labels
+from train.bench.profile import longest
 from train.bench.systems import SYSTEMS, Flax, Transformers, clocked
 
 GIB = 2**30
@@ -30,7 +31,7 @@ def measure(case: Case) -> Iterator[dict]:
         return
     peak = Peak()
     system = SYSTEMS[case.system](case)
-    peak.of = system.device_peak
+    peak.of, peak.reset_device = system.device_peak, system.reset_peak
     ready = time.time() - case.spawned
 
     def row(task: str, value: float, unit: str, **more: Any) -> dict:
@@ -51,6 +52,9 @@ def measure(case: Case) -> Iterator[dict]:
         if "step" in case.tasks:
             rate = case.tokens / seconds
             yield row("step", rate, "tokens/s", flops_per_token=flops_per_token(case), **chosen(system))
+        if "profile" in case.tasks:
+            for name, milliseconds, calls in longest(system.kernels(run)):
+                yield row(name, milliseconds, "ms", calls=calls, peak_memory_gb=None)
         if "startup" in case.tasks:
             yield row("startup", ready + time.time() - before - case.repeats * seconds, "s")
             yield row("first step", first, "s")
@@ -72,7 +76,7 @@ def measure(case: Case) -> Iterator[dict]:
         yield row("input", input_rate(case), "tokens/s")
     if "decode" in case.tasks or "prefill" in case.tasks:
         long, short = case.seq_len - 2 * case.new_tokens, min(64, case.seq_len // 4)
-        for length, batch in ((long, 1), (short, 1), (short, 8)):
+        for length, batch in ((long, 1), (short, 1), (short, case.decode_batch)):
             at = replace(case, seq_len=length, micro_batch=batch)
             done = generation(at, system, peak)
             more = {"seq_len": length, "micro_batch": batch, "peak_memory_gb": done.memory}
@@ -96,8 +100,8 @@ class Generation(NamedTuple):
     """GB/s, from reading memory in the same process before and after each text."""
     fraction: float
     """Of that bandwidth, as if a token read nothing but `bytes_per_token`."""
-    memory: float
-    """Peak, GiB."""
+    memory: float | None
+    """Peak, GiB, where it is known."""
 
 
 def generation(case: Case, system: Any, peak: Peak) -> Generation:
@@ -111,7 +115,7 @@ def generation(case: Case, system: Any, peak: Peak) -> Generation:
         peak.reset()
         times = [time.perf_counter()]
         system.generate(prompts, case.new_tokens, lambda _, times=times: times.append(time.perf_counter()))
-        memory = max(memory, peak.read())
+        memory = max(memory, peak.read() or 0)
         between = [after - before for before, after in pairwise(times)]
         first.append(between[0])
         each.append(statistics.median(between[1:]))
@@ -119,12 +123,12 @@ def generation(case: Case, system: Any, peak: Peak) -> Generation:
     around = [(before + after) / 2 for before, after in pairwise(bandwidths)][1:]
     first, each = first[1:], each[1:]
     fractions = [bytes_per_token(case) / 1e9 / seconds / read for seconds, read in zip(each, around, strict=True)]
-    return Generation(*map(statistics.median, (first, each, around, fractions)), memory)
+    return Generation(*map(statistics.median, (first, each, around, fractions)), memory or None)
 
 
 def read_bandwidth(case: Case, framework: str) -> float:
     """GB/s of reading memory once."""
-    return READ_BYTES / clocked(READERS[framework](case), 4)[1] / 1e9
+    return READ_BYTES / clocked(LIMITS[framework](case).read(), 4)[1] / 1e9
 
 
 def chosen(system: Any) -> dict:
@@ -132,21 +136,24 @@ def chosen(system: Any) -> dict:
 
 
 class Peak:
-    """Peak memory between `reset` and `read`, in GiB: the device's if it has its own, else the process's."""
+    """Peak memory between `reset` and `read`, in GiB: the device's if it has its own, else the process's. None where
+    the device does not know."""
 
     def __init__(self) -> None:
         self.of: Callable[[], int | None] = lambda: None
+        self.reset_device: Callable[[], None] = lambda: None
 
     def reset(self) -> None:
+        self.reset_device()
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             pass  # not Linux: the peak of the process's whole life is read
 
-    def read(self) -> float:
+    def read(self) -> float | None:
         device = self.of()
         if device is not None:
-            return device / GIB
+            return device / GIB or None
         try:
             fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             return int(fields["VmHWM"].split()[0]) * 1024 / GIB
@@ -158,66 +165,88 @@ class Peak:
 
 
 def ceilings(case: Case) -> Iterator[dict]:
-    """The machine's limits: one large matrix product and reading memory in each framework, the bare tokenizer."""
+    """The machine's limits: one large matrix product, and reading and copying memory, in each framework; the bare
+    tokenizer."""
 
     def row(task: str, value: float, unit: str) -> dict:
         return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": None}
 
-    size = 2048 if case.repeats < 3 else 4096
-    for framework in READERS:
+    for framework, limits in LIMITS.items():
         try:
-            _, seconds = clocked(MULTIPLIERS[framework](case, size), 2 * case.repeats + 1)
+            machine = limits(case)
         except ImportError:
             continue
+        size = 8192 if machine.accelerated else 2048 if case.repeats < 3 else 4096
+        _, seconds = clocked(machine.multiply(size), 2 * case.repeats + 1)
         yield row(f"matmul ({framework})", 2 * size**3 / seconds / 1e9, "GFLOP/s")
-        yield row(f"read ({framework})", read_bandwidth(case, framework), "GB/s")
+        yield row(f"read ({framework})", READ_BYTES / clocked(machine.read(), 4)[1] / 1e9, "GB/s")
+        yield row(f"copy ({framework})", 2 * READ_BYTES / clocked(machine.copy(), 4)[1] / 1e9, "GB/s")
     if "input" in case.tasks:
         yield row("input", bare_tokenizer_rate(case), "tokens/s")
 
 
-def multiply_in_torch(case: Case, size: int) -> Callable[[], Any]:
-    """One large product, as this project's layers take it: a CPU without bfloat16 units has it in float32."""
-    import torch
+class TorchLimits:
+    """The longest-known work on a machine, in torch. Each method gives a function to be timed. Operands are random:
+    matrices of ones have been seen to multiply faster than real ones."""
 
-    from torch_ref.device import resolve_device
-    from torch_ref.layers import product
+    def __init__(self, case: Case) -> None:
+        import torch
 
-    device = resolve_device(case.device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a = torch.ones(size, size, dtype=getattr(torch, case.dtype), device=device)
-    return lambda: (product(a, a), wait())
+        from torch_ref.device import resolve_device
 
+        self.torch, self.dtype = torch, getattr(torch, case.dtype)
+        self.device = resolve_device(case.device)
+        self.accelerated = self.device.type != "cpu"
+        self.wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
 
-def read_in_torch(case: Case) -> Callable[[], Any]:
-    """A sum over `READ_BYTES` of memory."""
-    import torch
+    def multiply(self, size: int) -> Callable[[], Any]:
+        """One large product, as this project's layers take it: a CPU without bfloat16 units has it in float32."""
+        from torch_ref.layers import product
 
-    from torch_ref.device import resolve_device
+        a, b = (self.torch.randn(size, size, device=self.device).to(self.dtype) for _ in range(2))
+        return lambda: (product(a, b), self.wait())
 
-    device = resolve_device(case.device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    memory = torch.ones(READ_BYTES // 4, device=device)
-    return lambda: (memory.sum(), wait())
+    def read(self) -> Callable[[], Any]:
+        """A sum over `READ_BYTES` of memory."""
+        memory = self.torch.ones(READ_BYTES // 4, device=self.device)
+        return lambda: (memory.sum(), self.wait())
 
-
-def multiply_in_jax(case: Case, size: int) -> Callable[[], Any]:
-    import jax
-    import jax.numpy as jnp
-
-    a, multiply = jnp.ones((size, size), case.dtype), jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready(multiply(a, a))
-
-
-def read_in_jax(case: Case) -> Callable[[], Any]:
-    import jax
-    import jax.numpy as jnp
-
-    memory, total = jnp.ones(READ_BYTES // 4), jax.jit(jnp.sum)
-    return lambda: jax.block_until_ready(total(memory))
+    def copy(self) -> Callable[[], Any]:
+        """Reads `READ_BYTES` of memory and writes as many."""
+        memory = self.torch.ones(READ_BYTES // 4, device=self.device)
+        target = self.torch.empty_like(memory)
+        return lambda: (target.copy_(memory), self.wait())
 
 
-MULTIPLIERS = {"torch": multiply_in_torch, "jax": multiply_in_jax}
-READERS = {"torch": read_in_torch, "jax": read_in_jax}
+class JaxLimits:
+    """`TorchLimits` in JAX."""
+
+    def __init__(self, case: Case) -> None:
+        import jax
+
+        from flax_model.device import resolve_device
+
+        self.jax, self.dtype = jax, case.dtype
+        self.device = resolve_device(case.device)
+        self.accelerated = self.device.platform != "cpu"
+
+    def _timed(self, function: Callable, *operands: Any) -> Callable[[], Any]:
+        run = self.jax.jit(function)
+        operands = [self.jax.device_put(operand, self.device) for operand in operands]
+        return lambda: self.jax.block_until_ready(run(*operands))
+
+    def multiply(self, size: int) -> Callable[[], Any]:
+        a, b = (self.jax.random.normal(self.jax.random.key(n), (size, size)).astype(self.dtype) for n in range(2))
+        return self._timed(self.jax.numpy.matmul, a, b)
+
+    def read(self) -> Callable[[], Any]:
+        return self._timed(self.jax.numpy.sum, self.jax.numpy.ones(READ_BYTES // 4))
+
+    def copy(self) -> Callable[[], Any]:
+        return self._timed(self.jax.numpy.negative, self.jax.numpy.ones(READ_BYTES // 4))
+
+
+LIMITS = {"torch": TorchLimits, "jax": JaxLimits}
 
 
 def input_options(case: Case, folder: str) -> Any:

@@ -1,0 +1,284 @@
+"""One process of the GPU check: `python -m train.bench.gpu_parts PART` imports what the part needs, waits for a line on
+standard input, since the processes before it hold the card, and writes its rows as JSON lines.
+
+- `case`: what `worker.py` measures of a `Case`
+- `checks`: every attention and expert path of one framework at the model's sizes, output and gradients against the
+  plain path in full float32 on the same device, and the time that each takes forward and backward
+- `parity`: the ladder's comparison of both frameworks, each on the device, in full float32
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from torch_ref.spec.interface import UserError
+from train.bench.cases import Case
+from train.bench.systems import clocked
+from train.bench.worker import measure
+
+OUTPUT = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Bounds of |out - expected| / |expected| (Euclidean norms)."""
+GRADIENT = {"float32": 1e-4, "bfloat16": 2e-2}
+PLAIN = {"attention": "plain", "moe": "dense"}
+
+
+def part_rows(part: dict) -> Iterator[dict]:
+    """Rows of a part, which is one of the module's kinds with a case (its `system` says which framework's paths)."""
+    case = Case(**{**part["case"], "tasks": tuple(part["case"]["tasks"])})
+    if part["kind"] == "case":
+        for row in measure(case):
+            yield row | {"attention": case.attention, "moe": case.moe}
+    elif part["kind"] == "checks":
+        yield from checks({"flax": FlaxPaths, "torch_ref": TorchPaths}[case.system](case), case)
+    else:
+        yield from parity(case)
+
+
+# ------------------------------------------------------------------------------------------------------ paths
+
+
+def attention_operands(case: Case) -> list[np.ndarray]:
+    """q, k, v, and the gradient of the output."""
+    c, rows = case.config, (case.micro_batch, case.seq_len)
+    generator = np.random.default_rng(0)
+    heads = ((c.num_heads, c.qk_head_dim), (c.num_kv_heads, c.qk_head_dim), (c.num_kv_heads, c.v_head_dim))
+    shapes = (*heads, (c.num_heads, c.v_head_dim))
+    return [generator.standard_normal((*rows, *shape), np.float32) for shape in shapes]
+
+
+def experts_operands(case: Case) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The choices, and x, weights of the choices, gate, up, down, and the gradient of the output. The last expert gets
+    no token, the first twice its share."""
+    c, tokens = case.config, case.micro_batch * case.seq_len
+    generator = np.random.default_rng(0)
+    score = generator.random((tokens, c.n_routed_experts))
+    score[:, 0] += 0.15 * (c.n_routed_experts > 2)
+    score[:, -1] -= c.n_routed_experts > c.num_experts_per_tok
+    chosen = np.argsort(-score, axis=1)[:, : c.num_experts_per_tok].astype(np.int32)
+    weights = generator.random(chosen.shape, np.float32) + 0.1
+    shapes = (
+        (tokens, c.hidden_size),
+        (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
+        (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
+        (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size),
+        (tokens, c.hidden_size),
+    )
+    x, gate, up, down, upstream = (generator.standard_normal(shape, np.float32) for shape in shapes)
+    down /= np.sqrt(c.moe_intermediate_size)
+    return chosen, [x, weights, gate / np.sqrt(c.hidden_size), up / np.sqrt(c.hidden_size), down, upstream]
+
+
+class FlaxPaths:
+    """The attention and expert paths of Flax as functions of host arrays."""
+
+    def __init__(self, case: Case) -> None:
+        import jax
+
+        from flax_model import attention, device, moe
+
+        jax.config.update("jax_default_matmul_precision", "highest")  # float32 is float32; bfloat16 stays what it is
+        self.jax, self.moe, self.case = jax, moe, case
+        self.paths = {"attention": attention.ATTENTION_PATHS, "moe": moe.EXPERT_PATHS}
+        self.device = device.resolve_device(case.device)
+        self._resolve = device.resolve_compute
+
+    def require(self, kind: str, path: str, dtype: str) -> None:
+        """Raises `UserError` where this device does not have a path."""
+        from torch_ref.spec.config import ComputeConfig
+
+        self._resolve(ComputeConfig(dtype, **{kind: path}), self.device, self.case.config)
+
+    def run(self, kind: str, path: str, dtype: str, operands: list[np.ndarray], chosen: Any) -> Callable[[], list]:
+        """A call gives the output and the gradients of all operands but the last, the gradient of the output.
+        Activations are in `dtype`, weights of experts in float32."""
+        jax, function = self.jax, self.paths[kind][path]
+        narrow = range(4) if kind == "attention" else (0, 5)
+        arrays = [
+            jax.device_put(jax.numpy.asarray(x, dtype if index in narrow else "float32"), self.device)
+            for index, x in enumerate(operands)
+        ]
+
+        def apply(*values):
+            if kind == "attention":
+                return function(*values, self.case.config.softmax_scale)
+            x, weights, *experts = values
+            scores = jax.numpy.zeros((len(x), self.case.config.n_routed_experts))
+            return function(x, self.moe.Routing(choices, weights, scores), *experts, False)
+
+        def both(*values):
+            out, backward = jax.vjp(apply, *values[:-1])
+            return [out, *backward(values[-1])]
+
+        choices = chosen if chosen is None else jax.device_put(chosen, self.device)
+        compiled = jax.jit(both)
+        return lambda: jax.block_until_ready(compiled(*arrays))
+
+    def to_host(self, results: list) -> list[np.ndarray]:
+        return [np.asarray(result, np.float32) for result in results]
+
+
+class TorchPaths:
+    """`FlaxPaths` for torch."""
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        from torch_ref import attention, device, moe
+
+        self.torch, self.moe, self.case = torch, moe, case
+        self.paths = {"attention": attention.ATTENTION_PATHS, "moe": moe.EXPERT_PATHS}
+        self.device = device.resolve_device(case.device)
+
+    def require(self, kind: str, path: str, dtype: str) -> None:
+        """Every path runs on every device."""
+
+    def run(self, kind: str, path: str, dtype: str, operands: list[np.ndarray], chosen: Any) -> Callable[[], list]:
+        torch, function = self.torch, self.paths[kind][path]
+        narrow = range(4) if kind == "attention" else (0, 5)
+        *leaves, upstream = (
+            torch.from_numpy(x).to(self.device, getattr(torch, dtype if index in narrow else "float32"))
+            for index, x in enumerate(operands)
+        )
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        choices = None if chosen is None else torch.from_numpy(chosen).long().to(self.device)
+
+        def both() -> list:
+            if kind == "attention":
+                out = function(*leaves, self.case.config.softmax_scale)
+            else:
+                x, weights, *experts = leaves
+                out = function(x, self.moe.Routing(choices, weights, weights), *experts, False)
+            results = [out, *torch.autograd.grad(out, leaves, upstream)]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return results
+
+        return both
+
+    def to_host(self, results: list) -> list[np.ndarray]:
+        return [result.detach().float().cpu().numpy() for result in results]
+
+
+def path_flops(kind: str, path: str, case: Case) -> float:
+    """Of one forward and backward pass, whatever the path: causal scores once, chosen experts alone."""
+    c, tokens = case.config, case.micro_batch * case.seq_len
+    if kind == "attention":
+        return 3 * tokens * c.num_heads * (c.qk_head_dim + c.v_head_dim) * (case.seq_len + 1)
+    return 18 * tokens * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
+
+
+def checks(system: FlaxPaths | TorchPaths, case: Case) -> Iterator[dict]:
+    """Each path in both precisions: how far it is from the plain path, in the units of the bound, and how long it
+    takes. A path that the device does not have gives a row that says why."""
+    for kind, plain in PLAIN.items():
+        chosen, operands = (None, attention_operands(case)) if kind == "attention" else experts_operands(case)
+        for dtype in ("bfloat16", "float32"):
+            # What is compared is the path, not the rounding of its inputs.
+            narrow = range(4) if kind == "attention" else (0, 5)
+            rounded = [as_rounded(x, dtype) if index in narrow else x for index, x in enumerate(operands)]
+            expected = None
+            for path in system.paths[kind]:
+                row = {"task": "check", "system": case.system, "what": f"{kind} {path}, {dtype}"}
+                if path == plain and dtype == "float32":
+                    continue
+                try:
+                    system.require(kind, path, dtype)
+                    if expected is None:
+                        expected = system.to_host(system.run(kind, plain, "float32", rounded, chosen)())
+                    run = system.run(kind, path, dtype, rounded, chosen)
+                    got = system.to_host(run())
+                    seconds = clocked(run, case.repeats)[1]
+                except UserError as error:
+                    yield row | {"skipped": str(error)}
+                    continue
+                except Exception as error:  # one path that fails must not hide the others
+                    yield row | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+                    continue
+                errors = [distance(a, b) for a, b in zip(got, expected, strict=True)]
+                bounds = [OUTPUT[dtype]] + [GRADIENT[dtype]] * (len(errors) - 1)
+                ratios = [error / bound for error, bound in zip(errors, bounds, strict=True)]
+                worst = int(np.argmax(np.nan_to_num(ratios, nan=np.inf)))
+                yield row | {
+                    "value": seconds * 1e3,
+                    "unit": "ms",
+                    "tflops": path_flops(kind, path, case) / seconds / 1e12,
+                    "errors": errors,
+                    "error": errors[worst],
+                    "bound": bounds[worst],
+                }
+
+
+def as_rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values that `dtype` holds."""
+    if dtype == "float32":
+        return x
+    bits = x.view(np.uint32)  # to bfloat16: round to nearest, ties to even
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def distance(got: np.ndarray, expected: np.ndarray) -> float:
+    """|got - expected| / |expected|; infinite where anything is not finite."""
+    if not np.isfinite(got).all():
+        return float("inf")
+    scale = float(np.linalg.norm(expected.astype(np.float64)))
+    error = float(np.linalg.norm(got.astype(np.float64) - expected))
+    return error / scale if scale else error
+
+
+# ------------------------------------------------------------------------------------------------------ parity
+
+
+def parity(case: Case) -> Iterator[dict]:
+    """The ladder on this device, within its bounds: hidden states, logits, losses and gradients in several modes, 200
+    training steps, greedy tokens. Each row gives the measurement nearest to its bound."""
+    import dataclasses
+
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+    from flax_model.device import resolve_device
+    from parity_tests.harness import cases, ladder, training
+    from parity_tests.report import worst
+    from torch_ref.device import resolve_device as resolve_torch
+    from torch_ref.spec.config import ComputeConfig
+
+    torch_device, jax_device = str(resolve_torch(case.device)), resolve_device(case.device)
+
+    def row(what: str, measurements: list) -> dict:
+        found = worst(measurements)
+        where = f"{what}: {found.rung}, {found.where}"
+        return {"task": "parity", "system": "flax", "what": where, "error": found.error, "bound": found.bound}
+
+    # Sizes that the kernels take: 16 divides them.
+    config = dataclasses.replace(cases.CONFIG, moe_intermediate_size=48, num_layers=2)
+    modes = (("float32", "blocked", "pallas", "sdpa", "grouped"), ("float32", "blocked", "blocks", "masked", "blocks"))
+    modes += (("float32", "plain", "dense", "plain", "dense"), ("float64", "blocked", "blocks", "sdpa", "grouped"))
+    for dtype, flax_attention, flax_moe, torch_attention, torch_moe in modes[: None if case.repeats > 1 else 1]:
+        flax = ComputeConfig(dtype, attention=flax_attention, moe=flax_moe)
+        torch = ComputeConfig(dtype, attention=torch_attention, moe=torch_moe)
+        compared = cases.Case("gpu", config, torch, flax, seq=min(cases.SEQ, case.seq_len), rows=2)
+        found = ladder.run_case(compared, torch_device=torch_device, jax_device=jax_device)
+        yield row(f"{dtype}, flax {flax_attention} {flax_moe}, torch {torch_attention} {torch_moe}", found)
+    names = torch_device, {"gpu": "cuda"}.get(jax_device.platform, jax_device.platform)
+    if case.repeats > 1:
+        yield row("200 steps, float32", training.training_run("float32", *names, chaos_pairs=0).measurements())
+        yield row("greedy tokens after 30 steps, float32", training.decoding("float32", *names))
+
+
+def main(text: str) -> None:
+    part = json.loads(text)
+    for module in part["imports"]:
+        __import__(module)
+    sys.stdin.readline()
+    for row in part_rows(part):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
