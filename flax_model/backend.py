@@ -192,12 +192,14 @@ class FlaxBackend:
             total += float(self._loss_sum(self._state["params"], self._state["biases"], *micro))
         return total, int((targets != IGNORE).sum())
 
-    def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
+    def generate(
+        self, prompt: list[int], sampling: Sampling, seed: int, on_token: Callable[[list], None] | None = None
+    ) -> list[int]:
         from flax_model.generate import generate
 
         params, biases = whole((self._state["params"], self._state["biases"]), self._mesh)
         model = merge(self._graphdef, params, biases)
-        return generate(model, [prompt], sampling, seed, replace(self.compute, mesh=(1, 1, 1)))[0]
+        return generate(model, [prompt], sampling, seed, replace(self.compute, mesh=(1, 1, 1)), on_token)[0]
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         updates = int(self._state["updates"])

@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from train.data.packing import Rows, rows_of
 from train.data.python_docs import python_docs_source
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer
+from train.shell import shell
 from train.state.card import PARITY_BEGIN, VERDICT, parity_section
 from train.state.neutral import copy_run_files
 from train.state.source import KINDS, Source, locate, open_state
@@ -338,7 +339,8 @@ def write(report: Report, checked: Checked, folder: Path) -> None:
             assert parity_section(text) in card.read_text(encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m parity_tests.check",
         description=__doc__.split("\n\n")[0].replace("\n", " "),
@@ -383,14 +385,12 @@ def main(argv: list[str] | None = None) -> int:
         out = options.out or (checked.source.run or checked.source.path.parent) / VERDICT.parent
         write(report, checked, out)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: the check runs the model in all three", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.name} is not installed: the check runs the model in all three") from error
     except (UserError, SpecificationError) as error:
         if changed:  # so that it is no model any more
             print(f"No. They part first here: {changed[0]}. {error}")
             return 1
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise
     print(f"Wrote {out / 'index.html'} and {out / 'report.md'}")
     print(verdict(report, checked).replace("**", ""))
     return 0 if report.passed else 1

@@ -17,13 +17,14 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from parity_tests.harness.measure import Measurement
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
+from train.shell import shell
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -173,7 +174,8 @@ def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[st
     return report
 
 
-def main(arguments: list[str] | None = None) -> int:
+@shell
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.report", description=__doc__.splitlines()[0])
     parser.add_argument("--torch-device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument("--jax-platform", default="cpu", help="cpu or gpu (default: %(default)s)")
@@ -199,11 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             page.renew(report, REPOSITORY)
             print("Renewed the tables of README.md and docs/mutations.md")
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: the report compares both frameworks", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.name} is not installed: the report compares both frameworks") from error
     print("All within bounds." if report.passed else "FAILED: see the lines that start with FAIL.")
     return 0 if report.passed else 1
 

@@ -160,10 +160,12 @@ class TorchBackend:
             total += float(parts.loss_sum)
         return total, int((targets != IGNORE).sum())
 
-    def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
+    def generate(
+        self, prompt: list[int], sampling: Sampling, seed: int, on_token: Callable[[list], None] | None = None
+    ) -> list[int]:
         from torch_ref.generate import generate
 
-        return generate(self.model, [prompt], sampling, seed, self.compute)[0]
+        return generate(self.model, [prompt], sampling, seed, self.compute, on_token)[0]
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         """What a step changes and a checkpoint holds, beside the counters."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import itertools
 import json
 import textwrap
@@ -30,7 +28,8 @@ from torch_ref.spec.config import PRESETS, ModelConfig, SpecificationError
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.options import GROUPS, REPEATED, SECTIONS, Options, RunOptions, flag
-from train.state.source import config_of
+from train.shell import parse_flags
+from train.state.source import config_of, settings_of
 
 
 def parse(argv: Sequence[str], prog: str) -> Options:
@@ -39,6 +38,8 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     early.add_argument("--preset")
     early.add_argument("--config", type=user_path)
     early.add_argument("--init-from", type=user_path)
+    early.add_argument("--resume-from", type=user_path)
+    argv = [_hyphenated(word) for word in argv]
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
@@ -46,8 +47,22 @@ def parse(argv: Sequence[str], prog: str) -> Options:
         values["model"] = config_of(chosen.init_from)  # sizes given below must then agree, or `read_start` refuses
         if (chosen.init_from / "tokenizer.json").is_file():
             values["tokenizer"] = str(chosen.init_from)  # the weights know its tokens by their numbers
+    if chosen.resume_from:
+        stored = settings_of(chosen.resume_from)
+        values = _overlay(values, {k: v for k, v in stored.items() if k in CARRIED}, str(chosen.resume_from))
+        values["model"] = config_of(chosen.resume_from)
     values = _overlay(values, file_values, str(chosen.config))
     return _parse_flags(argv, prog, values)
+
+
+def _hyphenated(word: str) -> str:
+    """A flag in the one spelling: `--init-from` for `--init_from`, which tyro takes too."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+CARRIED = {"preset", "seed", "dtype"} | {field.name for group in SECTIONS[2:] for field in dataclasses.fields(group)}
+"""Settings that a checkpoint brings along: all but where files go and how a device computes."""
 
 
 def preset_values(preset: str) -> dict[str, Any]:
@@ -131,35 +146,21 @@ def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Opti
         group(**{name: value for name, value in {**values, **empty}.items() if name in group.__dataclass_fields__})
         for group in SECTIONS
     ]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(
-                arguments,
-                prog=prog,
-                description="Train the model. The same command again resumes the run.",
-                args=list(argv),
-                default=arguments(*defaults, values["model"]),
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(first_sentence(said.getvalue())) from None
-        raise
+    parsed, unknown = parse_flags(
+        arguments,
+        prog,
+        argv,
+        description="Train the model. The same command again resumes the run.",
+        default=arguments(*defaults, values["model"]),
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     if unknown:
         flags = [flag(field.name) for group in GROUPS for field in dataclasses.fields(group)]
         raise UserError(f"unknown option {unknown[0]}{_did_you_mean(unknown[0], flags)}; --help lists them all")
     *sections, model = (getattr(parsed, name) for name in groups)
     given = {name: value for section in sections for name, value in vars(section).items() if value or name not in empty}
     return Options(**{name: values[name] for name in empty if name in values} | given, model=model)
-
-
-def first_sentence(box: str) -> str:
-    """The message in tyro's error box, which ends at the first rule, on one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((number for number, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-    return " ".join(lines[:end]).removeprefix("Error parsing ")
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

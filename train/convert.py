@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from torch_ref.spec.config import ComputeConfig, SpecificationError
+from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.huggingface import SIDECAR, export_folder
 from torch_ref.spec.huggingface_config import read_config
 from torch_ref.spec.huggingface_engines import engines
@@ -27,6 +27,7 @@ from torch_ref.spec.parameters import parameter_table
 from torch_ref.spec.storage import fresh_folder, user_path, write_json
 from train.data.tokenizer import load_tokenizer
 from train.run.loop import FINAL_WEIGHTS
+from train.shell import COMPLETE, shell
 from train.state.card import model_card
 from train.state.neutral import copy_run_files, write_state, write_tensors
 from train.state.source import KINDS, Source, locate, open_state
@@ -135,7 +136,8 @@ def _backend(framework: str, state: TrainingState, dtype: str | None) -> Backend
         return FlaxBackend(state.model_config, compute, optimizer, "cpu")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.convert",
         description="Convert a training state or weights between Flax, torch, a neutral form and transformers.",
@@ -148,9 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         found = convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.step)
-    except (UserError, SpecificationError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     print(f"{found.path} ({found.kind}) -> {arguments.target} ({arguments.to})")
     if arguments.to == "transformers":
         for engine in engines(read_config(arguments.target)):
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
         settings = arguments.target / "settings.toml"
         print(f"Go on with: python -m {main_module} --config {settings} --run-dir {arguments.target}")
-    return 0
+    return COMPLETE
 
 
 if __name__ == "__main__":

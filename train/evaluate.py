@@ -38,8 +38,9 @@ from train.data.packing import Rows, document_rows
 from train.data.sources import FileSource
 from train.data.tokenizer import TextTokenizer
 from train.run.options import Repeated
+from train.shell import COMPLETE, parse_flags, shell
 from train.state.source import locate
-from train.state.trained import DTypeName, Framework, TrainedModel, open_trained, parse_flags
+from train.state.trained import DTypeName, Framework, TrainedModel, open_trained
 
 TOKENS_PER_PASS = 4096
 """Positions of one forward pass, or one row if that is longer."""
@@ -246,39 +247,32 @@ def run_validation(model: Path, text_field: str | None) -> tuple[str, dict[str, 
     return text_field or (fields if isinstance(fields, str) else fields[0]), named
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv)
-        field, named = options.text_field or "text", named_files(options.validation_dataset)
-        if not (options.data or options.benchmark or named):
-            field, named = run_validation(options.model, options.text_field)
-        sources = [FileSource(pattern, field, document_bytes=options.document_bytes) for pattern in options.data]
-        apart = {
-            name: FileSource(files, field, document_bytes=options.document_bytes, option="--validation-dataset")
-            for name, files in named.items()
-        }
-        benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
-        model = open_trained(
-            options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
-        )
-        seq_len = options.seq_len or model.config.max_position
-        if not 1 <= seq_len <= model.config.max_position:
-            raise UserError(
-                f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}"
-            )
-        print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
-        if sources:
-            print(evaluate(model, read_documents(sources, model.tokenizer), seq_len))
-        for name, source in apart.items():
-            print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len)}")
-        for file, questions in benchmarks:
-            print(f"{file.name}: {answer(model, questions)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@shell
+def main(argv: Sequence[str]) -> int:
+    options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv, config=(tyro.conf.FlagCreatePairsOff,))
+    field, named = options.text_field or "text", named_files(options.validation_dataset)
+    if not (options.data or options.benchmark or named):
+        field, named = run_validation(options.model, options.text_field)
+    sources = [FileSource(pattern, field, document_bytes=options.document_bytes) for pattern in options.data]
+    apart = {
+        name: FileSource(files, field, document_bytes=options.document_bytes, option="--validation-dataset")
+        for name, files in named.items()
+    }
+    benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
+    model = open_trained(
+        options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
+    )
+    seq_len = options.seq_len or model.config.max_position
+    if not 1 <= seq_len <= model.config.max_position:
+        raise UserError(f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}")
+    print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
+    if sources:
+        print(evaluate(model, read_documents(sources, model.tokenizer), seq_len))
+    for name, source in apart.items():
+        print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len)}")
+    for file, questions in benchmarks:
+        print(f"{file.name}: {answer(model, questions)}")
+    return COMPLETE
 
 
 if __name__ == "__main__":

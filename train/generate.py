@@ -20,14 +20,12 @@ from typing import Annotated
 import tyro
 
 from torch_ref.spec.interface import Sampling, UserError
+from train.shell import COMPLETE, parse_flags, shell, unicode_text
 from train.state.trained import (
     DTypeName,
     Framework,
     TrainedModel,
     open_trained,
-    parse_flags,
-    unicode_text,
-    write_any_character,
 )
 
 
@@ -160,28 +158,20 @@ def _read(read: Callable[[], str]) -> str:
         raise UserError(f"standard input: not {error.encoding.upper()} text, at byte {error.start + 1}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     stream = sys.stdout.isatty()
-    try:
-        write_any_character(sys.stdout)
-        options = parse_flags(GenerateOptions, "python -m train.generate", argv)
-        if options.prompt is not None:
-            unicode_text(options.prompt, "--prompt")
-        model = open_trained(
-            options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
-        )
-        print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
-        prompts = ask(sys.stdin.isatty()) if options.prompt is None else [options.prompt]
-        for prompt in prompts:
-            text = continue_text(model, prompt, options, stream)
-            if not stream:
-                print(text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    options = parse_flags(GenerateOptions, "python -m train.generate", argv, config=(tyro.conf.FlagCreatePairsOff,))
+    model = open_trained(
+        options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
+    )
+    print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
+    prompts = ask(sys.stdin.isatty()) if options.prompt is None else [options.prompt]
+    for prompt in prompts:
+        text = continue_text(model, prompt, options, stream)
+        if not stream:
+            print(text)
+    return COMPLETE
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.runlog import read_metrics, validation_curves
+from train.shell import COMPLETE, shell
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
 STYLE = {
@@ -221,18 +222,15 @@ def expert_load(run: Curves) -> Float[np.ndarray, "rows columns"]:
     return load.reshape(len(columns), -1).T
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draw runs into one picture.")
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="run folders")
     parser.add_argument("--output", type=user_path, help="PNG to write; by default plot.png in the first run's folder")
     arguments = parser.parse_args(argv)
     default = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
-    try:
-        print(plot_runs(arguments.runs, arguments.output or arguments.runs[0] / default))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(plot_runs(arguments.runs, arguments.output or arguments.runs[0] / default))
+    return COMPLETE
 
 
 if __name__ == "__main__":

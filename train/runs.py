@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
+from train.run.guard import is_held
 from train.run.overview import size_in_words
 from train.run.runlog import METRICS, read_metrics, validation_curves
+from train.shell import COMPLETE, shell
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,8 @@ def summarize(folder: Path) -> RunSummary:
 
 
 def is_training(folder: Path) -> bool:
-    """Whether a process holds the folder's lock."""
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except (Timeout, OSError):
-        return True
+    """Whether a process trains in the folder. Its lock is left alone: who looks must not keep a run from starting."""
+    return is_held(folder, METRICS)
 
 
 def _settings(folder: Path) -> dict:
@@ -110,21 +105,18 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.runs", description="List runs.")
     parser.add_argument("folder", nargs="?", type=user_path, default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(argv).folder
-    try:
-        runs = [summarize(run) for run in find_runs(folder)]
-        if not runs:
-            raise UserError(f"{folder}: no run in it or below it")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [summarize(run) for run in find_runs(folder)]
+    if not runs:
+        raise UserError(f"{folder}: no run in it or below it")
     console = Console()
     # Piped into a file or another program, lines must not be folded to a terminal's width.
     console.print(table_of(runs, folder), width=None if console.is_terminal else 160)
-    return 0
+    return COMPLETE
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from parity_tests.harness.kills import MAINS, numbers, settings
-from torch_ref.spec.interface import UserError
+from train.shell import shell
 
 STEPS, AT_STEP = 16, 11
 """The fault comes before the step that ends in a third save; the two before it are whole."""
@@ -131,16 +131,13 @@ def report(framework: str, folder: Path) -> dict[str, dict]:
     return found
 
 
-def main() -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.write_faults")
     parser.add_argument("framework", choices=MAINS)
     parser.add_argument("folder", type=Path, help="a new folder for the runs")
-    options = parser.parse_args()
-    try:
-        print(json.dumps(report(options.framework, options.folder), indent=2))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    print(json.dumps(report(options.framework, options.folder), indent=2))
     return 0
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,46 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on(
     assert stage.losses() == straight.losses()
     assert stage.data.given == list(range(at_step, 15))
     assert [r["loss"] for r in stage.records("validation")] == [r["loss"] for r in straight.records("validation")]
+
+
+@pytest.mark.parametrize("kind", ["validation", "sample", "data"])
+def test_a_signal_stops_what_takes_long_and_the_run_makes_up_for_it(stage: Stage, straight: Stage, kind: str) -> None:
+    """In a validation, between sampled tokens, and while waiting for data; each is then done by the resumed run."""
+
+    def interrupt(function):
+        def interrupted(*arguments, **named):
+            if stage.backend.steps_done == {"validation": 4, "sample": 10, "data": 7}[kind] and not stage.signalled:
+                stage.signalled = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments, **named)
+
+        return interrupted
+
+    stage.signalled = False
+    if kind == "data":
+        batches = stage.data.batches
+
+        def stalled(cursor):
+            given = batches(cursor)
+            while True:
+                if stage.backend.steps_done == 7 and not stage.signalled:
+                    stage.signalled = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(30)  # a stream that stands still
+                yield next(given)
+
+        stage.data.batches = stalled
+    else:
+        name = {"validation": "evaluate", "sample": "generate"}[kind]
+        setattr(stage.backend, name, interrupt(getattr(stage.backend, name)))
+    started = time.monotonic()
+    assert stage.train() == 143
+    assert time.monotonic() - started < 10
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
+    for record in ("validation", "sample"):
+        assert stage.records(record) == straight.records(record)
 
 
 def test_a_signal_during_the_last_step_still_completes(stage: Stage) -> None:

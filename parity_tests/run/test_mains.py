@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,4 +269,29 @@ def test_settle_fills_in_what_the_device_decides() -> None:
     for remat, memory in needed.items():
         assert settle(auto, "float32", memory).remat == remat
     fixed = small_options(dtype="float64", remat="layers")
-    assert settle(fixed, "float32", 10**15) == fixed
+    assert settle(fixed, "float32", 10**15) == dataclasses.replace(fixed, mesh="fsdp=1")
+    assert settle(small_options(batch_size=8, mesh="auto"), "float32", None, devices=4).mesh_shape == (1, 4, 1)
+
+
+@pytest.mark.parametrize("there", list(MAINS))
+def test_from_a_laptop_to_a_gpu_as_the_readme_says(settings: Path, there: str, monkeypatch, capsys) -> None:
+    """--resume-from brings model sizes and settings along, from either framework; a dtype that `auto` chose may differ
+    on the other device, and is told."""
+    for package in ("torch", "flax"):
+        pytest.importorskip(package)
+    here = {"torch": "flax", "flax": "torch"}[there]
+    text = settings.read_text().replace('dtype = "float32"', 'dtype = "auto"')
+    settings.write_text(text)
+    assert 'dtype = "auto"' in text
+    assert train(there, "--config", str(settings), "--run-dir", "laptop", "--steps", "4", "--extended-steps", "4") == 0
+    shutil.rmtree("laptop/checkpoints/" + "step_final_8" + {"torch": ".pt", "flax": ""}[there], ignore_errors=True)
+    for file in Path("laptop/checkpoints").glob("step_final_8*"):
+        file.unlink()
+    package = {"torch": "torch_ref", "flax": "flax_model"}[here]
+    monkeypatch.setattr(f"{package}.device.default_dtype", lambda device: "bfloat16")
+    capsys.readouterr()
+    assert train(here, "--resume-from", "laptop", "--run-dir", "gpu", "--steps", "4", "--extended-steps", "4") == 0
+    said = capsys.readouterr().out
+    assert "Warning: changed since the checkpoint: --dtype auto was float32, now bfloat16" in said
+    assert [record["step"] for record in steps("gpu")] == [7, 8]
+    assert 'dtype = "bfloat16"' in Path("gpu/settings.toml").read_text()

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies
 
 from torch_ref.spec.config import PRESETS, ModelConfig
+from torch_ref.spec.huggingface import export_folder
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.parameters import initial_values
 from train.command_line import parse, settings_table
 from train.data.hub import DEFAULT_CONFIGS
 from train.data.options import Dataset
@@ -222,3 +225,36 @@ def test_settings_need_neither_framework() -> None:
         "assert not {'torch', 'jax', 'flax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+TEXT = strategies.text(strategies.characters(exclude_categories=["Cs"]), min_size=1)  # lone surrogates are no text
+NUMBER = strategies.floats(1e-9, 0.99)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXT, dataset=TEXT, tokenizer=TEXT, text_field=TEXT, project=TEXT, rate=NUMBER, beta=NUMBER)
+@example("\U0001f600", "a\\b", '"quoted"', "line\nbreak\r\t", "\x7f\x00", 1e-9, 0.5)
+def test_any_setting_survives_the_settings_file(tmp_path, prompt, dataset, tokenizer, text_field, project, rate, beta):
+    options = Options(
+        prompt=prompt,
+        dataset=(dataset,),
+        tokenizer=tokenizer,
+        text_field=(text_field,),
+        wandb_project=project,
+        learning_rate=rate,
+        beta1=beta,
+    )
+    file = tmp_path / "settings.toml"
+    file.write_text(options.to_toml(), encoding="utf-8", newline="")
+    back = read("--config", str(file))
+    assert dataclasses.replace(back, config=None) == options
+
+
+@pytest.mark.parametrize("spelling", ["--init-from {}", "--init_from {}", "--init-from={}", "--init_from={}"])
+def test_every_spelling_of_a_flag_is_the_same_flag(tmp_path: Path, spelling: str) -> None:
+    folder = tmp_path / "exported_model"
+    config = dataclasses.replace(PRESETS["tiny"], num_layers=2, vocab_size=300)
+    export_folder(folder, config, initial_values(config, 0))
+    (folder / "tokenizer.json").write_text("{}")
+    options = read("--seq-len", "64", *spelling.format(folder).split())
+    assert (options.init_from, options.model, options.tokenizer) == (folder, config, str(folder))

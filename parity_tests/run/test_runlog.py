@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import types
 from pathlib import Path
@@ -17,7 +19,8 @@ from rich.console import Console
 from parity_tests.support.fakes import small_options
 from torch_ref.spec.interface import UserError
 from train.run.board import Board
-from train.run.runlog import RunLog, cut_logs, read_metrics, step_line
+from train.run.guard import HOLDER, LOCK
+from train.run.runlog import PatientConsole, RunLog, cut_logs, read_metrics, step_line
 from train.run.signals import StopSignals
 from train.runs import find_runs, main, summarize
 
@@ -114,15 +117,20 @@ def test_wandb_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with RunLog(tmp_path, 0, small_options(wandb=True, wandb_project="mine")) as log:
         log.step(values(3), "line")
-    assert told[0]["project"] == "mine" and told[0]["id"] == tmp_path.name and told[0]["resume"] == "allow"
+    assert told[0]["project"] == "mine" and told[0]["name"] == tmp_path.name and told[0]["resume"] == "allow"
     assert told[0]["config"]["batch_size"] == 4
     assert told[1]["trainer/step"] == 3 and told[1]["step/loss"] == 2.0 and told[2] == "finished"
+    # A resumed run goes on in its own curves; a fresh one, of the same name or not, never does.
+    for step in (3, 0):
+        RunLog(tmp_path, step, small_options(wandb=True)).__exit__()
+    identities = [each["id"] for each in told if isinstance(each, dict) and "id" in each]
+    assert identities[0] == identities[1] != identities[2] and tmp_path.name not in identities
 
 
 def test_a_terminal_gets_a_bar_with_both_phases(tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=110)
-    with RunLog(tmp_path, 10, small_options(), console) as log:
+    with RunLog(tmp_path, 10, small_options(), console=console) as log:
         log.show_progress(10)
         for step in (11, 12, 13):
             log.step(values(step, loss=1.5), step_line(step, 1.5, 0.1, 0.1, 5.0, 1))
@@ -174,8 +182,16 @@ def test_runs_are_summed_up(shelf: Path) -> None:
     assert (a.preset, a.step, a.steps, a.loss, a.best_validation, a.tokens_seen) == ("tiny", 2, 15, 1.5, 1.25, 2000)
     assert (a.state, b.state) == ("complete", "stopped")
     assert a.size == sum(file.stat().st_size for file in (shelf / "a-torch").iterdir())
-    with FileLock(shelf / "b-flax" / ".lock"):
+    holder = shelf / "b-flax" / HOLDER
+    note = {"host": socket.gethostname(), "pid": os.getppid(), "since": "today"}
+    holder.write_text(json.dumps(note))
+    assert summarize(shelf / "b-flax").state == "running"
+    with FileLock(shelf / "b-flax" / LOCK, timeout=0):  # looking takes no lock, so a run can start meanwhile
         assert summarize(shelf / "b-flax").state == "running"
+    holder.write_text(json.dumps(note | {"host": "elsewhere"}))
+    assert summarize(shelf / "b-flax").state == "running"  # it has just written something
+    for file in (holder, shelf / "b-flax" / "metrics.jsonl"):
+        os.utime(file, (0, 0))
     assert summarize(shelf / "b-flax").state == "stopped"
 
 
@@ -186,3 +202,44 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
         assert text in shown
     assert main([str(shelf / "nothing")]) == 2
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
+
+
+def test_a_reader_that_goes_away_is_noted_and_the_logs_go_on(tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with RunLog(tmp_path, 0, small_options(), console=PatientConsole(file=Closed())) as log:
+        log.say("first")
+        assert log.unread
+        log.say("second")
+    assert (tmp_path / "training.logs").read_text() == "first\nsecond\n"
+
+
+def test_colours_never_reach_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.show_progress(0)
+        log.step(values(1), step_line(1, 1.5, 0.1, 0.1, 5.0, 1))
+        log.warn("careful")
+    assert "\x1b" not in (tmp_path / "training.logs").read_text() + capsys.readouterr().out
+
+
+def test_line_separators_of_unicode_lose_no_record(tmp_path: Path) -> None:
+    text = "one\u2028two\u2029three\u0085four"
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.step(values(1), "line")
+        log.sample(1, "prompt", text)
+        log.step(values(2), "line")
+    cut_logs(tmp_path, 2)
+    assert [record["kind"] for record in read_metrics(tmp_path)] == ["step", "sample", "step"]
+    assert read_metrics(tmp_path)[1]["text"] == text
+
+
+def test_what_is_owed_at_the_step_is_not_told_twice(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.step(values(4), "line")
+        log.validation({"step": 4, "loss": 1.0}, "line")
+        log.sample(4, "prompt", "text")
+    cut_logs(tmp_path, 4, ["sample"])
+    assert [record["kind"] for record in read_metrics(tmp_path)] == ["step", "validation"]

@@ -117,8 +117,11 @@ class FakeBackend:
         loss = float(np.abs(self._weights).mean())
         return float((loss * scored * (1 + targets % 7)).sum()), int(scored.sum())
 
-    def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
+    def generate(self, prompt: list[int], sampling: Sampling, seed: int, on_token=None) -> list[int]:
         self.sample_seeds.append(seed)
+        for _ in range(sampling.max_new_tokens):
+            if on_token:
+                on_token([65])
         return [65 + seed % 26] * sampling.max_new_tokens
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:

@@ -110,8 +110,11 @@ class Backend(Protocol):
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Sum of the next-token losses in nats, and how many targets were scored. Changes no state."""
 
-    def generate(self, prompt: list[int], sampling: Sampling, seed: int) -> list[int]:
-        """The new tokens only. Draws from a random stream of its own, a function of `seed`."""
+    def generate(
+        self, prompt: list[int], sampling: Sampling, seed: int, on_token: Callable[[list], None] | None = None
+    ) -> list[int]:
+        """The new tokens only. Draws from a random stream of its own, a function of `seed`. `on_token` is called after
+        each token, and may raise to end it."""
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         """Write checkpoint `folder/name<suffix>`: weights, moments, balance bias, step counters and `meta` (JSON).

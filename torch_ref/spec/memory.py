@@ -107,13 +107,17 @@ def host_memory_available() -> int | None:
         cgroup = Path("/sys/fs/cgroup")
         limit = (cgroup / "memory.max").read_text().strip()
         if limit != "max":
-            limits.append(int(limit) - int((cgroup / "memory.current").read_text()))
+            used = int((cgroup / "memory.current").read_text())
+            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            # The kernel gives the file cache back when memory is asked for.
+            cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            limits.append(int(limit) - used + cache)
     except (OSError, KeyError, ValueError):
         pass
     if not limits:
         try:
             limits.append(int(0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):  # Windows has no sysconf
             return None
     return min(limits)
 

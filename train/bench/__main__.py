@@ -30,6 +30,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.storage import user_path
 from train.bench.cases import Case, to_json, with_fractions
+from train.shell import INTERRUPTED, shell
 
 TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "memory", "sweep")
 SYSTEMS = ("flax", "torch_ref", "transformers")
@@ -192,7 +193,7 @@ def machine() -> str:
     return ", ".join(parts + ([f"{memory / 2**30:.0f} GiB of memory free"] if memory else []))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
+def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--only", help=f"tasks, separated by commas, of {', '.join(TASKS)} (default: all)")
     parser.add_argument("--systems", help=f"of {', '.join(SYSTEMS)} (default: all)")
@@ -243,21 +244,17 @@ def names(option: str, given: str | None, known: tuple[str, ...]) -> tuple[str, 
     return chosen
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@shell
+def main(argv: Sequence[str]) -> int:
     """Measure what the arguments ask for; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     if "--gpu-check" in argv:
         from train.bench import gpu_check
 
         return gpu_check.main([word for word in argv if word != "--gpu-check"])
-    try:
-        plan, args = parse(argv)
-        for path in filter(None, (args.json, args.plot)):
-            if not path.parent.is_dir():
-                raise UserError(f"{path}: there is no folder {path.parent}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan, args = parse(argv)
+    for path in filter(None, (args.json, args.plot)):
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
     print(f"{machine()}\n")
     rows: list[dict] = []
     interrupted = False
@@ -271,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = with_fractions(rows)
     print(table(rows))
     if interrupted:
-        return 130
+        return INTERRUPTED
     if args.plot:
         draw(rows, args.plot)
     return 0 if any(row["system"] != "ceiling" for row in rows) else 1

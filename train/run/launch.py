@@ -1,27 +1,25 @@
-"""What both entry points do around the loop: read the command line, guard the run folder, note signals, and turn
-mistakes into one line and an exit code."""
+"""What both entry points do around the loop: read the command line, guard the run folder, and settle what depends on
+the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from torch_ref.spec.config import SpecificationError
-from torch_ref.spec.interface import Backend, UserError
+from torch_ref.spec.interface import Backend
 from torch_ref.spec.memory import choose_remat
 from train import command_line
 from train.data.feed import open_data
+from train.run.guard import exclusive
 from train.run.loop import Run
 from train.run.options import Options
+from train.run.runlog import METRICS
+from train.shell import shell
 from train.state.resume import own_checkpoints
-
-FAILED = 2
-INTERRUPTED = 130
 
 
 def launch(
@@ -38,22 +36,24 @@ def launch(
         build: makes the backend, and settles the options that depend on the device (`dtype`, `remat`).
         write_weights: see `Run`.
     """
+    return shell(partial(_launch, prog=prog, framework=framework, build=build, write_weights=write_weights))(argv)
+
+
+def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, write_weights: Callable) -> int:
+    asked = command_line.parse(argv, prog)
+    run_dir = asked.run_dir or Path("runs") / f"{asked.preset}-{framework}"
     try:
-        options = command_line.parse(sys.argv[1:] if argv is None else argv, prog)
-        run_dir = options.run_dir or Path("runs") / f"{options.preset}-{framework}"
-        with exclusive(run_dir):
-            options, backend = build(options)
+        with exclusive(run_dir, METRICS):
+            options, backend = build(asked)
+            automatic = [name for name in ("dtype", "remat", "mesh") if getattr(asked, name) == "auto"]
             with closing(backend):
                 data = open_data(
                     options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir, options.resume_from))
                 )
-                return Run(options, run_dir, backend, data, write_weights).train()
-    except (UserError, SpecificationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+                return Run(options, run_dir, backend, data, write_weights, automatic).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
-        return INTERRUPTED
+        raise
 
 
 def settle(options: Options, dtype: str, memory: int | None, devices: int = 1) -> Options:
@@ -75,20 +75,3 @@ def settle(options: Options, dtype: str, memory: int | None, devices: int = 1) -
         )
         options = dataclasses.replace(options, remat=remat)
     return options
-
-
-@contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Make the run folder, and keep other processes from training in it. Raises `UserError` if one does."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--run-dir {run_dir}: another process is training there") from None
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()

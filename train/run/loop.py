@@ -21,7 +21,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -34,11 +34,11 @@ from train.data.feed import HELD_OUT, Data, Validation
 from train.data.packing import Batch
 from train.plot import plot_runs
 from train.run.lr_finder import find_learning_rate
-from train.run.options import Options, trajectory_differences
+from train.run.options import Options, flag, trajectory_differences
 from train.run.overview import overview, require_disk
 from train.run.progress import Progress
 from train.run.runlog import RULE, RunLog, heard, step_line
-from train.run.signals import StopSignals
+from train.run.signals import CLOSED_PIPE, Stop, StopSignals
 from train.state.resume import own_checkpoints, restore_newest
 from train.state.source import read_start
 
@@ -52,7 +52,7 @@ class Run:
     """One start of a run: from seeded weights, from given ones, or from a checkpoint.
 
     Arguments: `write_weights(run_dir, backend)` writes the final weights in the framework's own format and returns
-    their path.
+    their path; `automatic` names the settings that `auto` chose for this device.
     """
 
     def __init__(
@@ -62,8 +62,11 @@ class Run:
         backend: Backend,
         data: Data,
         write_weights: Callable[[Path, Backend], Path],
+        automatic: Sequence[str] = (),
     ) -> None:
         self.options = options
+        self.automatic = automatic
+        self.signals = StopSignals()
         self.run_dir = run_dir
         self.checkpoints = run_dir / "checkpoints"
         self.best = run_dir / "best"
@@ -86,7 +89,7 @@ class Run:
             print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}.")
             return COMPLETE
 
-        with RunLog(self.run_dir, self.step, self.options) as self.log, StopSignals() as signals:
+        with RunLog(self.run_dir, self.step, self.options, self.progress.owed) as self.log, self.signals as signals:
             for message in before_the_log:
                 self.log.warn(message)
             self.introduce(origin)
@@ -97,20 +100,26 @@ class Run:
             try:
                 with closing(self.data.batches(self.progress.cursor)) as batches:
                     self.log.show_progress(self.step)
+                    self.pay_what_is_owed()
                     while not self.finished:
                         self.train_step(batches)
                         self.announce_save()
                         if self.validation_due:
-                            self.validate()
+                            self.progress.owed.append("validation")
                         if self.due(self.options.sample_interval):
-                            self.sample()
+                            self.progress.owed.append("sample")
+                        self.pay_what_is_owed()
                         # Last: a run that goes on from this checkpoint says nothing of the step again.
                         if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
                             self.save()
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
+                        if self.log.unread:
+                            return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
                         if signals.received and not self.finished:
                             return self.stop_interrupted(signals.received)
+            except Stop:
+                return self.stop_interrupted(signals.received)
             except DataError as error:
                 return self.stop_without_data(error)
             except UserError:
@@ -182,7 +191,12 @@ class Run:
         if self.options.find_lr:
             # The rate that was found when the run began.
             self._use_learning_rate(meta["options"]["learning_rate"])
-        differences = trajectory_differences(meta["options"], self.options.to_dict())
+        stored, now = meta["options"], self.options.to_dict()
+        # What `auto` chose, there and here, is the devices' business. Earlier versions did not note what it chose.
+        chosen = [name for name in self.automatic if name in meta.get("automatic", self.automatic)]
+        decided = {name: stored.get(name) for name in chosen if stored.get(name) != now[name]}
+        stored = stored | {name: now[name] for name in chosen}
+        differences = trajectory_differences(stored, now)
         data_differences = compare_identity(meta["data"], self.data.identity)
         differences += [message for severity, message in data_differences if severity == "refuse"]
         if differences and not self.options.allow_changed_settings:
@@ -190,7 +204,8 @@ class Run:
                 f"{checkpoint}: {'; '.join(differences)}: that would change the run; take the former settings, another "
                 "--run-dir, or --allow-changed-settings"
             )
-        self.changes = differences + [message for severity, message in data_differences if severity == "warn"]
+        told = [f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"]
+        self.changes = told + differences + [message for severity, message in data_differences if severity == "warn"]
         self.progress = Progress(**meta["progress"])
         self.saved_step = self.step if checkpoint in [path for _, path in own] else None
         return checkpoint
@@ -235,7 +250,8 @@ class Run:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Take the next batch, update the weights, and log the step."""
         started = time.perf_counter()
-        batch = next(batches)
+        with self.signals.interruptible():
+            batch = next(batches)
         waited = time.perf_counter() - started
         result = self.backend.step(batch.inputs, batch.targets)
         seconds = time.perf_counter() - started
@@ -283,12 +299,24 @@ class Run:
 
     # --------------------------------------------------------------------------- validation, checkpoints, samples
 
+    def pay_what_is_owed(self) -> None:
+        """Validation and sample of this step. Raises `Stop` on a signal; what was not done then stays owed."""
+        while self.progress.owed:
+            {"validation": self.validate, "sample": self.sample}[self.progress.owed[0]]()
+            del self.progress.owed[0]
+
+    def heed_signals(self, *_: object) -> None:
+        """Raises `Stop` if a signal has come, unless the run is at its end anyway."""
+        if self.step < self.options.total_steps:
+            self.signals.check()
+
     def validate(self) -> None:
         """Loss on the held-out rows and on each validation dataset; keep the state if it is the best so far by the
         first of them."""
         better: bool | None = None
-        for name, validation in self.data.validations.items():
-            loss, values = self._score(validation)
+        # All are scored before any is taken note of: a signal in between leaves the validation undone as a whole.
+        scores = {name: self._score(validation) for name, validation in self.data.validations.items()}
+        for name, (loss, values) in scores.items():
             values = {"step": self.step, **({} if name == HELD_OUT else {"dataset": name}), **values}
             verdict = ""
             if better is None:
@@ -311,6 +339,7 @@ class Run:
         """Mean loss in nats per token, and what the log keeps of it."""
         loss_sum, tokens = 0.0, 0
         for inputs, targets in fixed_size_parts(*validation.rows, self.options.rows_per_pass * self.options.devices):
+            self.heed_signals()
             part_sum, part_tokens = self.backend.evaluate(inputs, targets)
             loss_sum += part_sum
             tokens += part_tokens
@@ -356,8 +385,10 @@ class Run:
             "loss": self.progress.loss,
             "framework": self.backend.framework,
             "options": self.options.to_dict(),
+            "automatic": list(self.automatic),
             "data": self.data.identity,
-            "progress": dataclasses.asdict(self.progress),
+            # The best state is saved in the middle of a validation that is then done.
+            "progress": dataclasses.asdict(self.progress) | ({"owed": []} if folder == self.best else {}),
         }
         with self._checkpoint_errors(folder / name):
             return self.backend.save(folder, name, meta)
@@ -377,7 +408,7 @@ class Run:
         room = positions - len(prompt)
         sampling = self.options.sampling(tokenizer.eot_id)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        tokens = self.backend.generate(prompt, sampling, seed=self.options.seed + self.step)
+        tokens = self.backend.generate(prompt, sampling, self.options.seed + self.step, self.heed_signals)
         self.log.sample(self.step, self.options.prompt, tokenizer.decode(tokens))
 
     # ------------------------------------------------------------------------------------------------- endings
@@ -401,10 +432,11 @@ class Run:
             return f"stopped early at step {self.step}, after {stale} validations without a better one{validation}"
         return f"{self.step} steps{validation}"
 
-    def stop_interrupted(self, number: int) -> int:
-        self.save()
-        name = signal.Signals(number).name
-        self._end("interrupted", f"Stopped by {name} after step {self.step}; the same command goes on from there")
+    def stop_interrupted(self, number: int, why: str | None = None) -> int:
+        if self.step:
+            self.save()
+        why = why or f"by {signal.Signals(number).name}"
+        self._end("interrupted", f"Stopped {why} after step {self.step}; the same command goes on from there")
         return 128 + number
 
     def stop_diverged(self) -> int:

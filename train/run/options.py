@@ -11,12 +11,12 @@ unawares. All others may differ from one start of a run to the next.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+import tomli_w
 import tyro
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
@@ -383,6 +383,6 @@ def _part(options: Options, group: type) -> Any:
 
 
 def _toml_lines(values: dict[str, Any]) -> str:
-    """`name = value` lines. JSON writes strings, numbers, booleans as TOML wants them; TOML has no null."""
+    """`name = value` lines. TOML has no null."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items() if value is not None)
+    return tomli_w.dumps({name: value for name, value in values.items() if value is not None})

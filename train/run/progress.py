@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Progress:
     best_step: int = 0
     stale_validations: int = 0
     """Validations since the best one."""
+    owed: list[str] = field(default_factory=list)
+    """What a signal kept from being done at this step, `validation` and `sample`: a resumed run begins with it."""
 
     def validated(self, step: int, loss: float, min_delta: float) -> bool:
         """Take note of a validation loss; True if it is the best. NaN never is."""

@@ -14,7 +14,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,12 +27,15 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import unused_name, write_errors, write_whole
 from train.run.board import Board
 from train.run.options import Options
+from train.shell import forget_output
 
 log = logging.getLogger(__name__)
 
 TEXT_LOG = "training.logs"
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
+WANDB_ID = "wandb_id"
+"""File with the name by which Weights & Biases knows a run."""
 RULE = "=" * 50
 LOGGERS = ("train", "torch_ref", "flax_model")
 """Python loggers whose messages belong in the story: bad rows, retries, fallbacks."""
@@ -51,13 +55,18 @@ class RunLog:
     """Writes a run's story; a context manager. `step` is how many optimizer steps are done when it opens: with 0 the
     logs begin anew. Raises `UserError` where something cannot be written."""
 
-    def __init__(self, run_dir: Path, step: int, options: Options, console: Console | None = None) -> None:
-        unreadable = cut_logs(run_dir, step)
-        self.console = console or Console()
+    def __init__(
+        self, run_dir: Path, step: int, options: Options, owed: Sequence[str] = (), console: Console | None = None
+    ) -> None:
+        unreadable = cut_logs(run_dir, step, owed)
+        # What is no terminal gets no colours and no bar, whatever FORCE_COLOR says: it may be a file.
+        self.console = console or PatientConsole(force_terminal=None if sys.stdout.isatty() else False)
+        self.unread = False
+        """Whether the console's reader has gone away."""
         self._text = _open(run_dir / TEXT_LOG)
         self._metrics = _open(run_dir / METRICS)
         self._board = Board(run_dir / BOARD, step) if options.tensorboard else None
-        self._wandb = _wandb(run_dir, options) if options.wandb else None
+        self._wandb = _wandb(run_dir, step, options) if options.wandb else None
         self._options = options
         self._bar: PhaseBar | None = None
         self._handler = _SayHandler(self)
@@ -87,7 +96,12 @@ class RunLog:
     def say(self, text: str = "") -> None:
         """One or more lines to the console and to `training.logs`."""
         console = self._bar.console if self._bar else self.console
-        console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        try:
+            if not self.unread:
+                console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        except OSError:  # a pipe or a terminal that is closed
+            self.unread = True
+            forget_output()
         _write(self._text, text)
 
     def warn(self, text: str) -> None:
@@ -136,6 +150,13 @@ class RunLog:
             self._board.add(values["step"], scalars, texts)
         if self._wandb and scalars:
             self._wandb.log({"trainer/step": values["step"], **scalars})
+
+
+class PatientConsole(Console):
+    """rich ends the process when its reader goes away; here the run is saved first."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class PhaseBar:
@@ -253,9 +274,9 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str | None, list[di
     return dict(sorted(curves.items(), key=lambda curve: curve[0] is not None))
 
 
-def cut_logs(run_dir: Path, step: int) -> int:
-    """Move what the logs say about steps after `step` to files of their own; with step 0, everything. Returns how many
-    lines of the metrics could not be read."""
+def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
+    """Move what the logs say about steps after `step`, and the records of that step that are `owed`, to files of their
+    own; with step 0, everything. Returns how many lines of the metrics could not be read."""
     text, metrics, board = run_dir / TEXT_LOG, run_dir / METRICS, run_dir / BOARD
     unreadable = 0
     if text.exists():
@@ -265,11 +286,12 @@ def cut_logs(run_dir: Path, step: int) -> int:
         _split(text, content[:end], content[end:])
     if metrics.exists():
         kept, cut = [], []
-        lines = metrics.read_bytes().splitlines(keepends=True)
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", metrics.read_bytes())
         for line in lines:
             record = _record_of(line)
             unreadable += record is None and line is not lines[-1]
             stays = record is not None and 0 < record["step"] <= step and record["kind"] != "end"
+            stays = stays and not (record["step"] == step and record["kind"] in owed)
             (kept if stays and line.endswith(b"\n") else cut).append(line)
         _split(metrics, b"".join(kept), b"".join(cut))
     if step == 0 and board.exists():
@@ -302,14 +324,22 @@ def _finite(value: Any) -> Any:
     return [_finite(member) for member in value] if isinstance(value, list | tuple) else value
 
 
-def _wandb(run_dir: Path, options: Options) -> Any:
+def _wandb(run_dir: Path, step: int, options: Options) -> Any:
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb: the package wandb is not installed; pip install wandb") from None
-    # The name of the folder identifies the run, so that a resumed one continues its curves.
-    name = run_dir.resolve().name
-    settings = options.to_dict()
-    run = wandb.init(project=options.wandb_project, id=name, resume="allow", dir=str(run_dir), config=settings)
+    # A resumed run continues its curves, and no other run of that name does.
+    identity = run_dir / WANDB_ID
+    if step == 0 or not identity.is_file():
+        write_whole(identity, f"{uuid.uuid4().hex}\n".encode())
+    run = wandb.init(
+        project=options.wandb_project,
+        id=identity.read_text(encoding="utf-8").strip(),
+        name=run_dir.resolve().name,
+        resume="allow",
+        dir=str(run_dir),
+        config=options.to_dict(),
+    )
     run.define_metric("*", step_metric="trainer/step")
     return run

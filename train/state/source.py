@@ -236,6 +236,15 @@ def read_start(path: Path, config: ModelConfig) -> TrainingState:
     return TrainingState(config, state.weights)
 
 
+def settings_of(path: Path) -> dict:
+    """The settings that a training state was made with, by name; without what `auto` chose for its device. Empty where
+    none are stored."""
+    meta = open_state(locate(path)).meta
+    stored = meta.get("options", {}) if isinstance(meta, dict) else {}
+    automatic = meta.get("automatic", ["dtype"]) if stored else []  # earlier versions did not note it
+    return {name: value for name, value in stored.items() if value is not None and name not in automatic}
+
+
 def config_of(path: Path) -> ModelConfig:
     """The model config of whatever lies at a path."""
     return open_state(locate(path)).model_config

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol, TextIO, TypeVar
+from typing import Literal, Protocol
 
 import numpy as np
-import tyro
 from jaxtyping import Float, Int32
 
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import Sampling, TrainingState, UserError
 from torch_ref.spec.parameters import Parameter, parameter_table
-from torch_ref.spec.storage import with_user_paths
-from train.command_line import first_sentence
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.state.source import Source, locate, open_state
 
@@ -81,38 +76,6 @@ def open_trained(
 def open_in(framework: str, state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
     """A state's model in a framework: the device in words, and `TrainedModel`'s functions `generate` and `losses`."""
     return {"torch": _open_in_torch, "flax": _open_in_flax}[framework](state, dtype, device)
-
-
-Flags = TypeVar("Flags")
-
-
-def parse_flags(options: type[Flags], prog: str, argv: Sequence[str] | None) -> Flags:
-    """A dataclass from the command line. Raises `UserError`; `--help` exits."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-            return with_user_paths(parsed)
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(f"{first_sentence(said.getvalue())}; --help lists the options") from None
-        raise
-
-
-def unicode_text(text: str, what: str) -> str:
-    """The text, unless it came from bytes that are none: Python then has surrogates in their places. Raises
-    `UserError` that begins with `what`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what}: not UTF-8 text, at character {error.start + 1}") from None
-    return text
-
-
-def write_any_character(stream: TextIO) -> None:
-    """Let a stream write what its encoding lacks as escapes (a `ü` on an ASCII terminal as `\\xfc`), not fail."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
 
 
 def choose_framework(source: Source, asked: Framework) -> str:

@@ -12,20 +12,17 @@ An interrupted conversion goes on where it was: layers that are done lie in the 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from torch_ref.spec.config import PRESETS, ModelConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import with_user_paths, write_json
-from train.command_line import first_sentence
+from torch_ref.spec.storage import write_json
 from train.data.feed import Data, open_data
 from train.data.tokenizer import load_tokenizer
+from train.shell import COMPLETE, parse_flags, shell
 from train.warm_start.options import WarmStartOptions, check_options
 from train.warm_start.report import draw, print_tables
 from train.warm_start.stages import Stages, data_options
@@ -74,29 +71,14 @@ def _identity(options: WarmStartOptions, config: ModelConfig, teacher: Teacher, 
     }
 
 
-def parse(argv: Sequence[str] | None) -> WarmStartOptions:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return with_user_paths(tyro.cli(WarmStartOptions, prog="python -m train.warm_start", args=argv))
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(first_sentence(said.getvalue())) from None
-        raise
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    console = Console(stderr=True)
-    try:
-        options = parse(argv)
-        if options.preset not in PRESETS:
-            raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
-        warm_start(options, PRESETS[options.preset], console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@shell
+def main(argv: Sequence[str]) -> int:
+    options = parse_flags(WarmStartOptions, "python -m train.warm_start", argv)
+    if options.preset not in PRESETS:
+        raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
+    warm_start(options, PRESETS[options.preset], Console(stderr=True))
     print(f"{options.out}: start training with --preset {options.preset} --init-from {options.out}")
-    return 0
+    return COMPLETE
 
 
 if __name__ == "__main__":

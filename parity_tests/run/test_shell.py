@@ -1,0 +1,165 @@
+"""The shell around commands: mistakes in one line, bytes that are no text, terminals, pipes; one process a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import host_memory_available
+from train.run.guard import HOLDER, exclusive
+from train.shell import shell, write_any_character
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def raising(error: BaseException):
+    def command(argv):
+        raise error
+
+    return shell(command)
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("--prompt: is missing"), 2, "error: --prompt: is missing\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_mistakes_are_one_line(error, code, said, capsys, monkeypatch):
+    monkeypatch.setattr("train.shell.forget_output", lambda: None)
+    assert raising(error)([]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_bytes_that_are_no_text_are_refused_by_name(capsys):
+    assert raising(AssertionError("not reached"))(["--prompt", "\udcff"]) == 2
+    assert capsys.readouterr().err == "error: --prompt: not UTF-8 text, at character 1\n"
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    write_any_character(stream)
+    stream.write("Gr\u00fc\u00dfe \U0001f600")
+    stream.flush()
+    assert written.getvalue() == rb"Gr\xfc\xdfe \U0001f600"
+
+
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(300):
+        folder = tmp_path / f"run{number:03d}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("")
+    command = f"{sys.executable} -m train.runs {tmp_path} | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.strip() in ("141", "0")  # 0: it had written all before
+
+
+# ------------------------------------------------------------------------------------------- one process a run folder
+
+
+def note(pid: int, host: str | None = None) -> str:
+    return json.dumps({"host": host or socket.gethostname(), "pid": pid, "since": "2026-01-01 00:00:00"})
+
+
+def test_a_folder_is_left_as_it_was_found(tmp_path):
+    with exclusive(tmp_path, "metrics.jsonl"):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_a_holder_is_named(tmp_path):
+    (tmp_path / HOLDER).write_text(note(os.getppid()))
+    with pytest.raises(
+        UserError, match=rf"another process is training there \(process {os.getppid()} on .*, since 2026"
+    ):
+        with exclusive(tmp_path, "metrics.jsonl"):
+            pass
+
+
+@pytest.mark.parametrize("left", ["", "[]", '{"host": 3}', "not JSON"])
+def test_a_note_that_says_nothing_is_no_hindrance(tmp_path, left):
+    (tmp_path / HOLDER).write_text(left)
+    with exclusive(tmp_path, "metrics.jsonl"):
+        pass
+
+
+def test_a_stale_note_is_recognised(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / HOLDER).write_text(note(gone.pid))
+    with exclusive(tmp_path, "metrics.jsonl"):
+        pass
+    # Of another machine: held as long as something is written.
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("")
+    (tmp_path / HOLDER).write_text(note(1, "elsewhere"))
+    with pytest.raises(UserError, match="elsewhere.*remove"):
+        with exclusive(tmp_path, "metrics.jsonl"):
+            pass
+    for file in (metrics, tmp_path / HOLDER):
+        os.utime(file, (0, 0))
+    with exclusive(tmp_path, "metrics.jsonl"):
+        pass
+
+
+def test_a_file_system_without_locks_is_guarded_by_the_note(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("train.run.guard.FileLock.acquire", unsupported)
+    with exclusive(tmp_path, "metrics.jsonl"):
+        pass
+    (tmp_path / HOLDER).write_text(note(os.getppid()))
+    with pytest.raises(UserError, match="another process"):
+        with exclusive(tmp_path, "metrics.jsonl"):
+            pass
+
+
+# --------------------------------------------------------------------------------------------------------- platforms
+
+
+def test_nothing_in_the_start_is_of_unix_alone(tmp_path):
+    """Windows lacks os.sysconf, SIGHUP, /proc, fcntl and resource."""
+    code = """
+import os, pathlib, signal, sys
+import datasets, filelock, matplotlib, numpy, pyarrow, rich, tensorboardX, tokenizers, tyro  # they know their systems
+for module, names in ((os, ("sysconf", "getppid", "sched_getaffinity", "uname")), (signal, ("SIGHUP", "SIGPIPE"))):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules["fcntl"] = sys.modules["resource"] = sys.modules["pwd"] = None
+pathlib.Path.read_text, whole = (lambda self, *a, **k: (_ for _ in ()).throw(FileNotFoundError(str(self)))
+    if str(self).startswith(("/proc", "/sys")) else whole(self, *a, **k)), pathlib.Path.read_text
+import train.flax_main, torch_ref.train, train.runs, train.generate, train.convert
+from train.run.signals import StopSignals
+from torch_ref.spec.memory import host_memory_available
+with StopSignals():
+    print(host_memory_available())
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "None"
+
+
+def test_the_file_cache_of_a_container_is_free_memory(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemAvailable: 64000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "8000000000\n",
+        "/sys/fs/cgroup/memory.current": "7000000000\n",
+        "/sys/fs/cgroup/memory.stat": "active_file 2000000000\ninactive_file 3500000000\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: files[str(self)])
+    assert host_memory_available() == 8_000_000_000 - 7_000_000_000 + 5_500_000_000

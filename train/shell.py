@@ -1,0 +1,93 @@
+"""What is around every command: its flags, and what its mistakes look like.
+
+A mistake of the user's is one line on standard error and exit code 2, never a traceback; Ctrl-C is 130; a reader of the
+output that goes away (`| head`) is 141. A character that a terminal cannot show is written as an escape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO, TypeVar
+
+from torch_ref.spec.config import SpecificationError
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import with_user_paths
+
+COMPLETE, FAILED = 0, 2
+INTERRUPTED, UNREAD = 130, 141
+"""Exit codes; a signal adds its number to 128: Ctrl-C, and a closed pipe."""
+
+
+def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """The `main` of a command: takes the arguments (by default the process's) and returns the exit code."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            write_any_character(stream)
+        try:
+            given = list(sys.argv[1:] if argv is None else argv)
+            for before, word in zip([None, *given], given, strict=False):
+                unicode_text(word, before if before and before.startswith("-") else "command line")
+            return command(given)
+        except (UserError, SpecificationError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            forget_output()
+            return UNREAD
+
+    return functools.update_wrapper(main, command, updated=()) if hasattr(command, "__name__") else main
+
+
+Flags = TypeVar("Flags")
+
+
+def parse_flags(options: type[Flags] | Any, prog: str, argv: Sequence[str], **more: Any) -> Flags:
+    """A dataclass from the command line, by tyro (`more` are its arguments). Raises `UserError`; `--help` exits."""
+    import tyro  # not needed where there is nothing to parse
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(options, prog=prog, args=list(argv), **more)
+            return with_user_paths(parsed) if isinstance(options, type) and not isinstance(parsed, tuple) else parsed
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(f"{_first_sentence(said.getvalue())}; --help lists the options") from None
+        raise
+
+
+def _first_sentence(box: str) -> str:
+    """The message in tyro's error box, which ends at the first rule, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    end = next((number for number, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+    return " ".join(lines[:end]).removeprefix("Error parsing ")
+
+
+def unicode_text(text: str, what: str) -> str:
+    """The text, unless it came from bytes that are none: Python then has surrogates in their places. Raises
+    `UserError` that begins with `what`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: not UTF-8 text, at character {error.start + 1}") from None
+    return text
+
+
+def write_any_character(stream: TextIO) -> None:
+    """Let a stream write what its encoding lacks as escapes (a `ü` on an ASCII terminal as `\\xfc`), not fail."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def forget_output() -> None:
+    """Standard output to nowhere: its reader is gone, and what Python writes there when it ends would fail again."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it has no file descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
