@@ -22,6 +22,12 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def wide_product(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Array:
+    """x @ weight.T as it is summed, in float32 or wider: rounded to bfloat16 and widened again it would lose bits."""
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
 def rms_norm(
     x: Float[Array, "*batch features"], weight: Float[Array, " features"], eps: float
 ) -> Float[Array, "*batch features"]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_model.layers import wide
+from flax_model.layers import wide, wide_product
 from torch_ref.spec.interface import IGNORE
 
 
@@ -27,7 +27,7 @@ def cross_entropy_plain(
     hidden: Float[Array, "tokens hidden"], embedding: Float[Array, "vocab hidden"], targets: Int[Array, " tokens"]
 ) -> Float[Array, ""]:
     """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
-    return token_losses(wide(hidden @ embedding.astype(hidden.dtype).T), targets).sum()
+    return token_losses(wide_product(hidden, embedding.astype(hidden.dtype)), targets).sum()
 
 
 def _chunks(hidden, targets, chunk):
@@ -64,13 +64,13 @@ def _forward(hidden, embedding, targets, chunk):
         rows, target = part
         scored = (target != IGNORE)[:, None]
         column = jnp.maximum(target, 0)[:, None]
-        logits = wide(rows @ weight.T)
+        logits = wide_product(rows, weight)
         normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         total += jnp.where(scored, normaliser - jnp.take_along_axis(logits, column, axis=1), 0).sum()
         # d loss / d logits = softmax - one-hot, and zero where nothing is scored
         one_hot = jnp.arange(logits.shape[1]) == column
         gradient = (scored * (jnp.exp(logits - normaliser) - one_hot)).astype(hidden.dtype)
-        embedding_gradient += (gradient.T @ rows).astype(embedding.dtype)
+        embedding_gradient += wide_product(gradient.T, rows.T).astype(embedding.dtype)
         return (total, embedding_gradient), gradient @ weight
 
     start = jnp.zeros((), wide(hidden[:0]).dtype), jnp.zeros_like(embedding)
@@ -97,5 +97,5 @@ def row_losses(
     """`cross_entropy` of each row by itself, for scoring: a gradient through it would keep all logits."""
     weight = embedding.astype(hidden.dtype)
     parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
-    losses = jax.lax.map(lambda part: token_losses(wide(part[0] @ weight.T), part[1]), parts)
+    losses = jax.lax.map(lambda part: token_losses(wide_product(part[0], weight), part[1]), parts)
     return losses.reshape(-1)[: targets.size].reshape(targets.shape).sum(1)

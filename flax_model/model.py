@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
 from flax_model.attention import Attention, is_fused_attention
-from flax_model.layers import RMSNorm, Stack, SwiGLU, wide
+from flax_model.layers import RMSNorm, Stack, SwiGLU, wide, wide_product
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
@@ -107,7 +107,7 @@ class Model(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token, float32 or wider, by the embedding (tied)."""
-        return wide(hidden @ self.embed_tokens.weight[...].astype(hidden.dtype).T)
+        return wide_product(hidden, self.embed_tokens.weight[...].astype(hidden.dtype))
 
 
 def run_layers(

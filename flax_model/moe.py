@@ -52,7 +52,8 @@ def route(
     config: ModelConfig,
 ) -> Routing:
     """Choose experts and weigh them, in float32 or wider whatever the dtype of `x`."""
-    scores = jax.nn.sigmoid(wide(x) @ wide(router).T)
+    # In full float32 on GPUs too, where JAX's default is TF32: a choice hangs on it.
+    scores = jax.nn.sigmoid(jnp.matmul(wide(x), wide(router).T, precision=jax.lax.Precision.HIGHEST))
     chosen = top_k(jax.lax.stop_gradient(scores) + balance_bias, config.num_experts_per_tok)
     weights = jnp.take_along_axis(scores, chosen, axis=1)
     weights = weights / (weights.sum(-1, keepdims=True) + 1e-20) * config.routed_scaling_factor

@@ -32,7 +32,7 @@ def build(options: Options) -> tuple[Options, Backend]:
     from torch_ref.device import available_memory, default_dtype, resolve_device
 
     device = resolve_device(options.device)
-    options = settle(options, default_dtype(device), available_memory(device))
+    options = settle(options, default_dtype(device), available_memory(device), on_gpu=device.type == "cuda")
     return options, TorchBackend(options.model, options.compute, options.optimizer, options.device)
 
 

@@ -37,7 +37,7 @@ def build(options: Options) -> tuple[Options, Backend]:
 
     device = resolve_device(options.device)
     devices = jax.device_count(device.platform)
-    options = settle(options, default_dtype(device), available_memory(device), devices)
+    options = settle(options, default_dtype(device), available_memory(device), devices, device.platform == "gpu")
     batch = (options.batch_size, options.seq_len)
     return options, FlaxBackend(options.model, options.compute, options.optimizer, options.device, batch)
 

@@ -258,6 +258,22 @@ sys.exit(main(["--config", {str(settings)!r}, "--steps", "1", "--extended-steps"
     assert "The run is complete: 1 steps" in done.stdout
 
 
+def test_a_gpu_takes_as_many_rows_as_fit() -> None:
+    options = small_options(batch_size=12, micro_batch_size="auto", dtype="bfloat16", remat="auto", loss_chunk="auto")
+
+    def rows(memory: int | None, **device) -> tuple:
+        settled = settle(options, "bfloat16", memory, **device)
+        return settled.rows_per_pass, settled.micro_batches, settled.remat, settled.tokens_per_chunk
+
+    needed = {n: step_bytes(MODEL, "bfloat16", n, options.seq_len, 12 // n, "off") for n in (1, 2, 3, 4, 6, 12)}
+    assert sorted(needed, key=needed.get) == sorted(needed)
+    assert rows(10**15) == (1, 12, "off", 512)
+    assert rows(None, on_gpu=True) == (1, 12, "off", 4096)
+    for micro, memory in needed.items():
+        assert rows(memory, on_gpu=True) == (micro, 12 // micro, "off", 4096)
+    assert rows(10**15, on_gpu=True, devices=4)[:2] == (3, 1)
+
+
 def test_settle_fills_in_what_the_device_decides() -> None:
     auto = small_options(dtype="auto", remat="auto")
     assert (settle(auto, "bfloat16", None).dtype, settle(auto, "float32", None).remat) == ("bfloat16", "off")
@@ -268,7 +284,7 @@ def test_settle_fills_in_what_the_device_decides() -> None:
     assert needed["off"] > needed["experts"] > needed["layers"]
     for remat, memory in needed.items():
         assert settle(auto, "float32", memory).remat == remat
-    fixed = small_options(dtype="float64", remat="layers")
+    fixed = small_options(dtype="float64", remat="layers", loss_chunk=100)
     assert settle(fixed, "float32", 10**15) == dataclasses.replace(fixed, mesh="fsdp=1")
     assert settle(small_options(batch_size=8, mesh="auto"), "float32", None, devices=4).mesh_shape == (1, 4, 1)
 

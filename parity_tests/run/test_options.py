@@ -51,7 +51,7 @@ def test_the_default_is_the_full_run() -> None:
     )
     assert (options.beta1, options.beta2) == (0.9, 0.95)
     assert (options.checkpoint_interval, options.eval_interval, options.sample_interval) == (1000, 500, 500)
-    assert (options.micro_batch_size, options.keep_checkpoints, options.patience) == (1, 0, 0)
+    assert (options.micro_batch_size, options.keep_checkpoints, options.patience) == ("auto", 0, 0)
     assert options.dataset == ("HuggingFaceTB/smollm-corpus",)
     assert DEFAULT_CONFIGS[options.dataset[0]] == "cosmopedia-v2"
     assert options.data.tokenizer == "HuggingFaceTB/cosmo2-tokenizer"

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend
-from torch_ref.spec.memory import choose_remat
+from torch_ref.spec.memory import choose_remat, step_bytes
 from train import command_line
 from train.data.feed import open_data
 from train.run.guard import exclusive
@@ -45,7 +45,11 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
     try:
         with exclusive(run_dir, METRICS):
             options, backend = build(asked)
-            automatic = [name for name in ("dtype", "remat", "mesh") if getattr(asked, name) == "auto"]
+            automatic = [
+                name
+                for name in ("dtype", "remat", "mesh", "micro_batch_size", "loss_chunk")
+                if getattr(asked, name) == "auto"
+            ]
             with closing(backend):
                 data = open_data(
                     options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir, options.resume_from))
@@ -56,13 +60,17 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
         raise
 
 
-def settle(options: Options, dtype: str, memory: int | None, devices: int = 1) -> Options:
-    """Options with `dtype`, `mesh` and `remat` chosen where they are `auto`, for a device's own dtype and its free
-    memory, and for the number of devices."""
+def settle(options: Options, dtype: str, memory: int | None, devices: int = 1, on_gpu: bool = False) -> Options:
+    """Options with what is `auto` chosen for a device: its own dtype, its free memory, how many of it there are, and
+    whether it is a GPU with memory of its own."""
     if options.mesh == "auto":
         options = dataclasses.replace(options, mesh=f"fsdp={devices}")
     if options.dtype == "auto":
         options = dataclasses.replace(options, dtype=dtype)
+    if options.loss_chunk == "auto":
+        options = dataclasses.replace(options, loss_chunk=4096 if on_gpu else 512)
+    if options.micro_batch_size == "auto":
+        options = dataclasses.replace(options, micro_batch_size=largest_micro_batch(options, memory) if on_gpu else 1)
     if options.remat == "auto":
         remat = choose_remat(
             options.model,
@@ -75,3 +83,15 @@ def settle(options: Options, dtype: str, memory: int | None, devices: int = 1) -
         )
         options = dataclasses.replace(options, remat=remat)
     return options
+
+
+def largest_micro_batch(options: Options, memory: int | None) -> int:
+    """The most rows a device can take at once, without rematerialisation if it was not asked for: fewer and larger
+    products. 1 where its memory is not known."""
+    rows = options.batch_size // options.devices
+    remat = "off" if options.remat == "auto" else options.remat
+    for micro in range(rows, 1, -1) if memory else ():
+        shape = options.dtype, micro, options.seq_len, rows // micro, remat, options.mesh_shape
+        if rows % micro == 0 and step_bytes(options.model, *shape) <= memory:
+            return micro
+    return 1

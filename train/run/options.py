@@ -74,8 +74,8 @@ class DeviceOptions:
     """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
     scan_layers: bool = True
     """Flax: compile one layer and scan over the stack, instead of unrolling."""
-    loss_chunk: int = 512
-    """Tokens whose logits exist at once."""
+    loss_chunk: int | Literal["auto"] = "auto"
+    """Tokens whose logits exist at once. auto: 512 on a CPU, 4096 on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,8 @@ class TrainingOptions:
     """Further steps at the final learning rate."""
     batch_size: int = trajectory(8)
     """Rows per optimizer step."""
-    micro_batch_size: int = 1
-    """Rows a device takes per forward pass; gradients accumulate until the batch is done."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Rows a device takes per forward pass; gradients accumulate. auto: 1 on a CPU, what the memory takes elsewhere."""
     learning_rate: float = trajectory(0.003)
     """Peak, reached at the end of the warm-up."""
     warmup_steps: int = trajectory(500)
@@ -198,7 +198,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             elif name in REPEATED:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         at_least_one = (
-            "steps batch_size micro_batch_size seq_len loss_chunk shuffle_window checkpoint_interval sample_tokens "
+            "steps batch_size rows_per_pass seq_len tokens_per_chunk shuffle_window checkpoint_interval sample_tokens "
             "max_skipped_steps"
         )
         not_negative = (
@@ -206,7 +206,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             "min_delta weight_decay top_k seed data_retries"
         )
         for name in at_least_one.split():
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+            self._require(getattr(self, name) >= 1, SETTING.get(name, name), "must be at least 1")
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in "learning_rate grad_clip eps temperature".split():
@@ -263,7 +263,12 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     @property
     def rows_per_pass(self) -> int:
         """Rows of one micro-batch: a batch may be smaller than `micro_batch_size`."""
-        return min(self.micro_batch_size, self.batch_size)
+        return 1 if self.micro_batch_size == "auto" else min(self.micro_batch_size, self.batch_size)
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Of the loss: 512 tokens keep a CPU's logits in reach, a GPU has room and wants larger products."""
+        return 512 if self.loss_chunk == "auto" else self.loss_chunk
 
     @property
     def micro_batches(self) -> int:
@@ -288,7 +293,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     def compute(self) -> ComputeConfig:
         """Once `dtype` and `remat` are settled: `auto` is no compute setting."""
         return ComputeConfig(
-            self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.loss_chunk, self.mesh_shape
+            self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.tokens_per_chunk, self.mesh_shape
         )
 
     @property
@@ -350,6 +355,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         return "\n".join([*blocks, "[model]\n" + _toml_lines(self.model.to_dict())])
 
 
+SETTING = {"rows_per_pass": "micro_batch_size", "tokens_per_chunk": "loss_chunk"}
+"""The settings behind what is checked."""
 MESH_AXES = ("data", "fsdp", "expert")
 
 SECTIONS = Options.__bases__
