@@ -76,14 +76,15 @@ def test_logs_are_cut_back(tmp_path: Path) -> None:
             log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1))
             if step == 2:
                 log.announce("Saving checkpoint at step 2")
+                log.sample(2, "Step 99 | Loss", "; Step 98 |\nStep 97 | Loss: 1")
         log.end(12, "interrupted")
     with open(tmp_path / "metrics.jsonl", "a") as metrics:
         metrics.write('{"kind": "step", "st')  # a crash in the middle of a line
     cut_logs(tmp_path, 2)
     text = (tmp_path / "training.logs").read_text()
     assert text.startswith("Model: ...") and "Saving checkpoint at step 2" in text
-    assert "Step 2 |" in text and "Step 3 |" not in text and "Step 12 |" not in text
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert "Step 97 | Loss: 1\n" in text and "Step 2 |" in text and "Step 3 |" not in text and "Step 12 |" not in text
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 2]
     with RunLog(tmp_path, 0, small_options()) as log:
         log.say("anew")
     assert (tmp_path / "training.logs").read_text() == "anew\n"

@@ -109,7 +109,7 @@ def run_module(*arguments: object) -> None:
 
 def records(run: Path) -> dict[tuple, dict]:
     """What a run logged, by kind and step, without times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
     timings = ("tokens_per_second", "step_seconds", "data_wait_seconds", "time")
     found = {}
     for line in lines:

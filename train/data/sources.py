@@ -27,7 +27,7 @@ from train.data.formats import (
 FORMER_DOCUMENT_BYTES = 8192
 """Longest document that was cut from a text file by runs begun before a file was one document."""
 
-LARGE_DOCUMENT = 1 << 28
+LARGE_DOCUMENT = 1 << 26
 """Size in bytes from which a text file that makes one document is told of."""
 
 
@@ -119,7 +119,9 @@ class FileSource:
         for file in self.files:
             if kind_of(file) in TEXTS and not document_bytes and file.stat().st_size >= LARGE_DOCUMENT:
                 size = file.stat().st_size / 1e6
-                self.notes.append(f"{self.label(file)} is one document of {size:,.0f} MB: see --document-bytes")
+                self.notes.append(
+                    f"{self.label(file)} is one document of {size:,.0f} MB, tokenized whole; see --document-bytes"
+                )
 
     def label(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()

@@ -51,6 +51,10 @@ def step_line(
     )
 
 
+STEP_LINE = re.compile(rb"^Step (\d+) \| Loss: \S+ \| LR: \S+ \| Total Step Time: ", re.MULTILINE)
+"""As `step_line` writes it: a sample or a prompt may begin a line with `Step 9 |` too."""
+
+
 class RunLog:
     """Writes a run's story; a context manager. `step` is how many optimizer steps are done when it opens: with 0 the
     logs begin anew. Raises `UserError` where something cannot be written."""
@@ -281,7 +285,7 @@ def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
     unreadable = 0
     if text.exists():
         content = text.read_bytes()
-        later = (m.start() for m in re.finditer(rb"^Step (\d+) \|", content, re.MULTILINE) if int(m[1]) > step)
+        later = (m.start() for m in STEP_LINE.finditer(content) if int(m[1]) > step)
         end = next(later, content.rfind(b"\n") + 1) if step else 0
         _split(text, content[:end], content[end:])
     if metrics.exists():
