@@ -19,7 +19,7 @@ from parity_tests.data.test_corpus import streamed
 from parity_tests.support.data import FailingSource, make_texts, write_json_lines, write_parquet, write_tokenizer
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.corpus import DataError, Reader, compare_identity
-from train.data.feed import open_data
+from train.data.feed import open_data, take_along
 from train.data.options import DataOptions
 from train.data.packing import Batch, document_rows, pack
 from train.data.prefetch import Prefetcher
@@ -282,6 +282,24 @@ def test_a_run_goes_on_with_what_its_folder_keeps(make_data, tmp_path):
     np.testing.assert_array_equal(second.validation.inputs, first.validation.inputs)
     assert second.validation_bytes == first.validation_bytes
     assert hashes(take(second, 5, straight[6].cursor)) == hashes(straight[7:])
+
+
+def test_a_run_that_goes_on_from_another_takes_its_data_along(tmp_path):
+    """What cannot be had again: the documentation of its Python, the tokenizer trained on it, the rules of its time."""
+    options = DataOptions(dataset="python-docs", tokenizer="bpe", vocab_size=300, seq_len=32, batch_size=2)
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (run / "python-docs.jsonl").write_text(lines)
+    kept = {"dataset": "python-docs", "revision": None, "tokenizer": "bpe"}  # as runs once wrote it: without rules
+    (run / "data.json").write_text(json.dumps(kept))
+    first = open_data(options, run, resume=True)
+    straight = take(first, 6)
+    assert "rules" not in first.identity
+    assert take_along(run, other) and not take_along(run, other) and not take_along(tmp_path, tmp_path / "third")
+    second = open_data(options, other, resume=True)
+    assert compare_identity(first.identity, second.identity) == []
+    assert hashes(take(second, 2, straight[3].cursor)) == hashes(straight[4:])
 
 
 def test_other_data_is_told_from_the_identity(make_data):

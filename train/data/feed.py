@@ -25,8 +25,9 @@ from train.data.corpus import BadRows, Document, Reader, held_out_below, open_so
 from train.data.options import DataOptions
 from train.data.packing import Rows, pack, require_fit, rows_of
 from train.data.prefetch import Prefetcher
+from train.data.python_docs import PYTHON_DOCS
 from train.data.sources import FileSource, Source, first_line, package_versions
-from train.data.tokenizer import TRAINED, TextTokenizer, open_tokenizer
+from train.data.tokenizer import CONFIG_FILE, TRAINED, TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +321,17 @@ def open_data(options: DataOptions, folder: Path, resume: bool = False) -> Data:
     With `resume` the run goes on with what is kept there (also on another machine); without, it is made anew. Raises
     `UserError` if the data or the tokenizer can't be had."""
     return Data(options, Path(folder), resume)
+
+
+def take_along(run: Path, folder: Path) -> bool:
+    """Copy what a run keeps of its data to the folder of one that goes on from it, unless that has it; whether it did.
+    Its revision on the Hub, its tokenizer and its Python's documentation may not be had again."""
+    if (folder / KEPT_FILE).exists() or not (run / KEPT_FILE).is_file():
+        return False
+    for name in (KEPT_FILE, VALIDATION_FILE, f"{PYTHON_DOCS}.jsonl", CONFIG_FILE, "tokenizer.json"):
+        if (run / name).is_file():
+            write_whole(folder / name, (run / name).read_bytes())
+    return True
 
 
 def _read_kept(folder: Path) -> Kept:

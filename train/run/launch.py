@@ -13,13 +13,14 @@ from pathlib import Path
 from torch_ref.spec.interface import Backend
 from torch_ref.spec.memory import choose_remat, step_bytes
 from train import command_line
-from train.data.feed import open_data
+from train.data.feed import open_data, take_along
 from train.run.guard import exclusive
 from train.run.loop import Run
 from train.run.options import Options
 from train.run.runlog import METRICS
 from train.shell import shell
 from train.state.resume import own_checkpoints
+from train.state.source import locate
 
 
 def launch(
@@ -51,9 +52,11 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
                 if getattr(asked, name) == "auto"
             ]
             with closing(backend):
-                data = open_data(
-                    options.data, run_dir, resume=bool(own_checkpoints(backend, run_dir, options.resume_from))
-                )
+                resume = bool(own_checkpoints(backend, run_dir, options.resume_from))
+                if options.resume_from and not resume:
+                    other = locate(options.resume_from).run
+                    resume = other is not None and take_along(other, run_dir)
+                data = open_data(options.data, run_dir, resume)
                 return Run(options, run_dir, backend, data, write_weights, automatic).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
