@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
-from torch_ref.device import describe, fused_adamw, resolve_compute, resolve_device
+from torch_ref.device import compile_checked, describe, fused_adamw, resolve_compute, resolve_device
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.spec.checkpoint import make_contents
@@ -56,6 +56,7 @@ class TorchBackend:
         self._trainable = {row.name: self._tensors[row.name] for row in self._table if row.trainable}
         self._optimizer = self._make_optimizer()
         self._steps = 0
+        self._compile_unchecked = self.compute.compile == "on"
         self._checkpoints = Checkpoints()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
@@ -115,41 +116,74 @@ class TorchBackend:
         config = self.optimizer_config
         rate = float(config.schedule(self._steps))
         tokens, rows = int((targets != IGNORE).sum()), len(inputs)
+        batch = self._put(np.stack(split_batch(inputs, targets, config.micro_batch_size)))
+        if self._compile_unchecked:
+            self.compute, self._compile_unchecked = compile_checked(self.compute, self.model, batch[0, 0]), False
         loss = balance = counts = 0
-        for micro_inputs, micro_targets in zip(*split_batch(inputs, targets, config.micro_batch_size), strict=True):
-            total, parts = objective(
-                self.model, self._put(micro_inputs), self._put(micro_targets), self.compute, tokens, rows
-            )
+        for micro_inputs, micro_targets in batch.unbind(1):
+            total, parts = objective(self.model, micro_inputs, micro_targets, self.compute, tokens, rows)
             total.backward()
             loss, balance = loss + parts.loss_sum, balance + parts.balance_sum
             counts = counts + parts.expert_counts
 
         gradients = [parameter.grad for parameter in self._trainable.values()]
         norm = global_norm(gradients)
-        # One transfer for all that the host needs to know.
-        loss, balance, grad_norm = torch.stack([loss / tokens, balance / rows, norm]).tolist()
-        applied = bool(np.isfinite([loss, balance, grad_norm]).all())
-        if applied:
-            self._update(gradients, grad_norm, rate, counts)
+        # One transfer for all that the host needs to know. CUDA is asked last: it decides for itself about the update.
+        report = torch.stack([loss / tokens, balance / rows, norm])
+        if self._device.type == "cuda":
+            self._update_unasked(gradients, report, rate, counts)
+            loss, balance, grad_norm, *counts = torch.cat((report.double(), counts.flatten())).tolist()
+            applied = bool(np.isfinite([loss, balance, grad_norm]).all())
+        else:
+            loss, balance, grad_norm = report.tolist()
+            applied = bool(np.isfinite([loss, balance, grad_norm]).all())
+            if applied:
+                self._update(gradients, grad_norm, rate, counts)
+            counts = counts.cpu().numpy()
         self._optimizer.zero_grad(set_to_none=True)
         self._steps += 1
-        return StepResult(loss, balance, grad_norm, rate, tokens, applied, counts.cpu().numpy().astype(np.int64))
+        shape = self.model_config.num_moe_layers, self.model_config.n_routed_experts
+        counts = np.asarray(counts, np.int64).reshape(shape)
+        return StepResult(loss, balance, grad_norm, rate, tokens, applied, counts)
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], grad_norm: float, rate: float, counts: Tensor) -> None:
         if grad_norm > self.optimizer_config.grad_clip:
             for gradient in gradients:
                 gradient.mul_(self.optimizer_config.grad_clip / grad_norm)
+        self._apply(rate, counts)
+
+    @torch.no_grad()
+    def _update_unasked(self, gradients: list[Tensor], report: Tensor, rate: float, counts: Tensor) -> None:
+        """`_update` where the device itself sees whether the report is finite, and how far to clip: no waiting for the
+        host between the backward pass and the update."""
+        applies = report.isfinite().all()
+        divisor = (report[2] / self.optimizer_config.grad_clip).clamp(min=1)
+        if divisor.dtype == torch.float32:
+            self._optimizer.grad_scale = divisor  # the fused kernel divides by it, which saves a pass over gradients
+        else:
+            torch._foreach_div_(gradients, divisor)
+        # Then the fused kernel changes nothing, and its step counters stay.
+        self._optimizer.found_inf = (~applies).float()
+        self._apply(rate, counts, applies)
+
+    def _apply(self, rate: float, counts: Tensor, applies: Tensor | bool = True) -> None:
+        """Update weights from their gradients, and the balance biases from the counts."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        moe_layers = (block.mlp for block in self.model.layers if isinstance(block.mlp, MoE))
-        for moe, layer_counts in zip(moe_layers, counts, strict=True):
-            bias = moe.router.balance_bias
-            bias.copy_(updated_balance_bias(bias, layer_counts, self.model_config.balance_bias_rate))
+        biases = [block.mlp.router.balance_bias for block in self.model.layers if isinstance(block.mlp, MoE)]
+        if biases:
+            old = torch.stack(biases)
+            new = updated_balance_bias(old, counts, self.model_config.balance_bias_rate)
+            new = new if applies is True else torch.where(applies, new, old)
+            torch._foreach_copy_(biases, list(new.unbind()))
 
     def _put(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._device)
+        tensor = torch.from_numpy(np.ascontiguousarray(tokens))
+        if self._device.type == "cuda":  # from pinned memory a copy need not wait for the kernels before it
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
 
     @torch.no_grad()
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
@@ -242,7 +276,10 @@ class TorchBackend:
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Square root of the sum of all squares. Not `torch.linalg.vector_norm`: its float32 sum on the CPU is off by 2e-4
-    for a tensor of 7 M values."""
+    for a tensor of 7 M values. On CUDA it sums blocks of each, for all tensors in few kernels."""
+    gradients = list(gradients)
+    if gradients[0].is_cuda:
+        return torch.nn.utils.get_total_norm(gradients)
     return torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
 
 

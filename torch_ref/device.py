@@ -1,8 +1,9 @@
 """Where torch computes: which device, in which precision, and by which attention and expert paths.
 
 On Apple's MPS several fused operations have been wrong in released versions of torch, in ways that no error shows. So
-there the paths avoid what is known (an explicit mask, padded values, static shapes), and before training they are
-compared, on the device itself, with the plain paths on the CPU.
+there the paths avoid what is known (an explicit mask, padded values, static shapes). Before training, there and on
+CUDA, whose grouped products have left gradients of idle experts unwritten on some cards (pytorch #172439), the paths
+are compared on the device itself with the plain paths on the CPU.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import dataclasses
 import platform
 import warnings
+from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
+from torch_ref.layers import wide
+from torch_ref.model import Block, Model, compiled_layer, run_layer
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
+from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
@@ -74,8 +80,9 @@ def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConf
     for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
         if path not in paths:
             raise UserError(f"--{option} {path}: torch has {', '.join(paths)}")
-    compute = dataclasses.replace(compute, attention=attention, moe=moe)
-    return self_checked(compute, device) if on_mps else compute
+    compiled = ("on" if device.type == "cuda" else "off") if compute.compile == "auto" else compute.compile
+    compute = dataclasses.replace(compute, attention=attention, moe=moe, compile=compiled)
+    return compute if device.type == "cpu" else self_checked(compute, device)
 
 
 def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
@@ -83,13 +90,13 @@ def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
     for option, plain, check in (("attention", "plain", attention_error), ("moe", "dense", experts_error)):
         path = getattr(compute, option)
-        problem = check(path, compute.dtype, device)
+        problem = _tried(check, path, compute.dtype, device)
         if problem and path != plain:
             warnings.warn(
                 f"--{option} {path} is wrong on {describe(device)}: {problem}; using the slower {plain}", stacklevel=2
             )
             compute = dataclasses.replace(compute, **{option: plain})
-            path, problem = plain, check(plain, compute.dtype, device)
+            path, problem = plain, _tried(check, plain, compute.dtype, device)
         if problem:
             raise UserError(
                 f"--device {device.type}: even --{option} {path} is wrong on {describe(device)}: {problem}; "
@@ -98,6 +105,14 @@ def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     if problem := optimizer_error(device):
         raise UserError(f"--device {device.type}: {problem}; use --device cpu or another version of torch")
     return compute
+
+
+def _tried(check: Callable[..., str | None], *arguments) -> str | None:
+    """What a check finds; a path that fails outright is wrong too."""
+    try:
+        return check(*arguments)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
 
 
 def attention_error(path: str, dtype: str, device: torch.device) -> str | None:
@@ -160,6 +175,55 @@ def optimizer_error(device: torch.device) -> str | None:
     return None if bool((weight < 1).all()) else "AdamW does not move the weights there"
 
 
+def compile_checked(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> ComputeConfig:
+    """The same settings; without compiled layers, with a warning, if they cannot be made or are wrong."""
+    problem = compile_error(compute, model, tokens)
+    if problem is None:
+        return compute
+    warnings.warn(f"--compile on: {problem}; layers run uncompiled, slower", stacklevel=2)
+    return dataclasses.replace(compute, compile="off")
+
+
+def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> str | None:
+    """Why compiled layers cannot be used for batches of this shape, or None. Of the first layer of each kind, output
+    and gradients must be those of the layer itself. The two round differently, and rounding chooses other experts for a
+    token now and then: nine tokens of ten have to agree, and the gradients of parameters by and large."""
+    tolerance = {"bfloat16": 5e-2, "float32": 1e-3}.get(compute.dtype, 1e-6)
+    for block in {block.dense: block for block in reversed(model.layers)}.values():
+        try:
+            got = layer_pass(compiled_layer(), model, block, tokens, compute)()
+        except Exception as error:  # of many kinds: no compiler, a kernel that does not fit, a fault of torch's own
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        expected = layer_pass(run_layer, model, block, tokens, compute)()
+        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+            per_token = index < 2
+            error = (wide(a) - wide(b)).norm(dim=-1) / wide(b).norm(dim=-1) if per_token else (a - b).norm() / b.norm()
+            if not float(error.flatten().sort().values[int(0.9 * error.numel())]) <= (tolerance if per_token else 0.5):
+                return f"{('output', 'gradient')[index > 0]} of a compiled layer is wrong"
+    return None
+
+
+def layer_pass(
+    function: Callable, model: Model, block: Block, tokens: Int[Tensor, "batch seq"], compute: ComputeConfig
+) -> Callable[[], list[Tensor]]:
+    """A forward and backward pass of one layer on the embeddings of tokens by `run_layer`, or by it compiled: gives
+    output, gradient of the input and gradients of the parameters, done when it returns."""
+    dtype = getattr(torch, compute.dtype)
+    rope = make_rope(model.config, tokens.shape[1], dtype, tokens.device)
+    x = model.embed_tokens.weight.detach()[tokens.long()].to(dtype)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+    def run() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        out, _ = function(block, leaf, rope, compute)
+        results = [out.detach(), *torch.autograd.grad(out, [leaf, *block.parameters()], upstream)]
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        return results
+
+    return run
+
+
 def fused_adamw(device: torch.device) -> bool:
     """Whether to use torch's one-kernel AdamW: on MPS its plain form is the better tested one."""
     return device.type in ("cpu", "cuda")
@@ -168,6 +232,9 @@ def fused_adamw(device: torch.device) -> bool:
 def _with_gradients(function, operands: list[Tensor], upstream: Tensor, device: torch.device) -> list[Tensor]:
     """Output of `function`, and the gradients of its operands for an upstream gradient, all on the CPU."""
     leaves = [operand.to(device).detach().clone().requires_grad_() for operand in operands]
+    # Freed, this is what the function is given as fresh memory: values that it leaves unwritten then show.
+    poison = [torch.full_like(leaf, float("nan")) for leaf in leaves for _ in range(4)]
+    del poison
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, upstream.to(device=device, dtype=out.dtype))
     return [tensor.detach().cpu() for tensor in (out, *gradients)]

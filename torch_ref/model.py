@@ -10,8 +10,8 @@ Twin of `flax_model/model.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,22 @@ class Block(nn.Module):
         return x + moe.out, moe
 
 
+def run_layer(block: Block, x: Tensor, rope: Rope, compute: ComputeConfig) -> tuple[Tensor, MoEOutput | None]:
+    """Call a block. As a function of the block it is compiled once for all layers of a kind."""
+    return block(x, rope, compute)
+
+
+COMPILER = "inductor"
+"""The backend of `torch.compile`."""
+
+
+@cache
+def compiled_layer() -> Callable:
+    """`run_layer` compiled, for each shape anew: a layer's hundreds of small operations become a few fused kernels
+    around its products. Makes nothing that was not there before the first call."""
+    return torch.compile(run_layer, dynamic=False, backend=COMPILER)
+
+
 class Model(nn.Module):
     """The whole decoder. Names in `state_dict()` are those of the parameter table; values are unset until
     `load_values`."""
@@ -78,6 +94,7 @@ class Model(nn.Module):
             )
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.to(dtype)
+        self._rope: tuple[tuple, Rope] | None = None
 
     @torch.no_grad()
     def load_values(self, values: Iterable[tuple[Parameter, np.ndarray]]) -> Model:
@@ -96,15 +113,16 @@ class Model(nn.Module):
         if seq > self.config.max_position:
             raise ValueError(f"{seq} tokens do not fit the context of max_position = {self.config.max_position}")
         dtype = getattr(torch, compute.dtype)
-        rope = make_rope(self.config, seq, dtype, tokens.device)
+        rope = self._kept_rope(seq, dtype, tokens.device)
         x = F.embedding(tokens.long(), self.embed_tokens.weight).to(dtype)
         balance_loss = wide(x.new_zeros(batch))
         counts, layers = [], []
+        training = torch.is_grad_enabled()
+        run = compiled_layer() if compute.compile == "on" and training else run_layer
+        if compute.remat == "layers" and training:
+            run = partial(checkpoint, run, use_reentrant=False)
         for block in self.layers:
-            run = block
-            if compute.remat == "layers" and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False)
-            x, moe = run(x, rope, compute)
+            x, moe = run(block, x, rope, compute)
             if moe is not None:
                 balance_loss = balance_loss + moe.balance_loss
                 counts.append(moe.expert_counts)
@@ -112,6 +130,14 @@ class Model(nn.Module):
                 layers.append(x)
         expert_counts = torch.stack(counts) if counts else tokens.new_zeros(0, self.config.n_routed_experts)
         return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers if keep_hidden else None)
+
+    def _kept_rope(self, length: int, dtype: torch.dtype, device: torch.device) -> Rope:
+        """The rotary table, kept on the device for the next forward pass of the same length."""
+        key = length, dtype, device
+        if self._rope is None or self._rope[0] != key:
+            with torch.inference_mode(False):  # a table made in it could not be used in training
+                self._rope = key, make_rope(self.config, length, dtype, device)
+        return self._rope[1]
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token, float32 or wider, by the embedding (tied)."""

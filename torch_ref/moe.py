@@ -102,12 +102,30 @@ def experts_grouped(
 ) -> Float[Tensor, "tokens hidden"]:
     """Rows sorted by expert, one product per expert on just its rows. `remat` drops the gate and up products after the
     forward pass and computes them again in the backward pass: 2 more products than 9, for 2 * ffn values a row."""
-    return _GroupedExperts.apply(x, routing.chosen, routing.weights, gate, up, down, remat)
+    run = _GroupedExperts.apply if _all_at_once(x, gate) else _one_by_one
+    return run(x, routing.chosen, routing.weights, gate, up, down, remat)
+
+
+def _all_at_once(x: Float[Tensor, "tokens hidden"], gate: Float[Tensor, "experts ffn hidden"]) -> bool:
+    """Whether to run the experts in grouped kernels. They ask the host for nothing, and `torch.compile` sees through
+    them."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and grouped_kernels_take(*gate.shape[1:])
+
+
+def grouped_kernels_take(ffn: int, hidden: int) -> bool:
+    """Whether rows of both sizes, in bfloat16, are whole 16 bytes."""
+    return ffn % 8 == 0 and hidden % 8 == 0
+
+
+@torch.compiler.disable
+def _one_by_one(*operands):
+    """The experts where the host has to know how many rows each of them has: no part of a compiled layer."""
+    return _GroupedExperts.apply(*operands)
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """One expert after the other, all three products of each while its activations are in the cache (CUDA in half
-    precision: all experts at once, in grouped kernels). The routing weight enters before the down projection, so the
+    """One expert after the other, all three products of each while its activations are in the cache; or all experts at
+    once, in grouped kernels (`_all_at_once`). The routing weight enters before the down projection, so the
     backward pass never needs the experts' outputs."""
 
     @staticmethod
@@ -119,7 +137,7 @@ class _GroupedExperts(torch.autograd.Function):
         rows = x[order // topk]
         row_weights = weights.flatten()[order].to(x.dtype)[:, None]
         out, products = [], []
-        for part, experts, offsets in _groups(rows, ends):
+        for part, experts, offsets in _groups(rows, ends, gate):
             gated = grouped_product(rows[part], gate[experts], offsets)
             raised = grouped_product(rows[part], up[experts], offsets)
             activation = F.silu(gated).mul_(raised).mul_(row_weights[part])
@@ -136,7 +154,7 @@ class _GroupedExperts(torch.autograd.Function):
         row_weights = weights.flatten()[order].to(x.dtype)[:, None]
         d_rows, d_weights = [], []
         d_gate, d_up, d_down = (torch.empty_like(weight) for weight in (gate, up, down))
-        for number, (part, experts, offsets) in enumerate(_groups(rows, ends)):
+        for number, (part, experts, offsets) in enumerate(_groups(rows, ends, gate)):
             r, w, d_out = rows[part], row_weights[part], upstream[part]
             if products:
                 gated, raised = products[2 * number : 2 * number + 2]
@@ -162,10 +180,10 @@ class _GroupedExperts(torch.autograd.Function):
         return d_x, None, torch.cat(d_weights)[inverse].view_as(weights), d_gate, d_up, d_down, None
 
 
-def _groups(rows: Tensor, ends: Int[Tensor, " experts"]) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _groups(rows: Tensor, ends: Int[Tensor, " experts"], gate: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """What is computed together: which sorted rows, of which experts, and where each of these ends among the rows. One
-    expert at a time, which has no ends (None); or all of them, where CUDA has a kernel for that."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+    expert at a time, which has no ends (None); or all of them."""
+    if _all_at_once(rows, gate):
         yield slice(None), slice(None), ends.int()  # no transfer to the host
         return
     start = 0

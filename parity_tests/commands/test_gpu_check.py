@@ -18,7 +18,9 @@ from train.bench.profile import from_perfetto, longest
 
 ROOT = Path(__file__).parents[2]
 CASE = Case("torch_ref", (), "tiny", "bfloat16", 24, 8, micro_batch=2, repeats=1, device="cpu")
-TINY = "--device cpu --preset tiny --seq-len 32 --rows 2 --repeats 1 --decode-batch 2 --budget 600".split()
+TINY = (
+    "--device cpu --preset tiny --seq-len 32 --rows 2 --repeats 1 --decode-batch 2 --compile off --budget 600".split()
+)
 
 # What an image for GPUs may lack: only data, the command line and TensorBoard need it.
 BLOCKED = ("datasets", "tyro", "tensorboardX")
@@ -38,14 +40,15 @@ def test_every_part_is_planned():
     parts = gpu_check.parts(gpu_check.parse(["--moe", "pallas,blocks"]))
     names = [part.name for part in parts]
     assert names[0] == "limits" and {name.split()[0] for name in names} == set(gpu_check.PARTS)
-    assert {"step flax pallas", "step flax blocks", "step torch_ref auto", "step transformers auto"} <= set(names)
+    assert {"step flax moe pallas", "step flax moe blocks", "step transformers"} <= set(names)
+    assert {"step torch_ref compile on", "step torch_ref compile off"} <= set(names)
     steps = [part.case for part in parts if part.name.startswith("step")]
     assert {(case.micro_batch, case.seq_len, case.dtype, case.preset) for case in steps} == {
         (8, 2048, "bfloat16", "smol-774m")
     }
     assert {part.case.decode_batch for part in parts} == {64}
     chosen = gpu_check.parts(gpu_check.parse(["--only", "step,decode", "--systems", "flax"]))
-    assert [part.name for part in chosen] == ["step flax auto", "decode flax"]
+    assert [part.name for part in chosen] == ["step flax moe auto", "decode flax"]
 
 
 @pytest.mark.parametrize("wrong", [["--only", "all"], ["--systems", "jax"], ["--seq-len", "5000"]])

@@ -57,7 +57,8 @@ def test_default_dtypes(device, monkeypatch):
 
 
 def test_paths_of_each_device(device, monkeypatch):
-    """On MPS: an explicit mask, and expert shapes that do not depend on the routing; and both are checked there."""
+    """On MPS: an explicit mask, and expert shapes that do not depend on the routing. Off the CPU paths are checked. On
+    CUDA layers are compiled unless told otherwise."""
     import torch
 
     checked = []
@@ -65,9 +66,15 @@ def test_paths_of_each_device(device, monkeypatch):
     paths = {}
     for name in ("mps", "cuda", "cpu"):
         compute = device.resolve_compute(ComputeConfig(), torch.device(name))
-        paths[name] = compute.attention, compute.moe
-    assert paths == {"mps": ("masked", "blocks"), "cuda": ("sdpa", "grouped"), "cpu": ("sdpa", "grouped")}
-    assert checked == ["mps"]
+        paths[name] = compute.attention, compute.moe, compute.compile
+    assert paths == {
+        "mps": ("masked", "blocks", "off"),
+        "cuda": ("sdpa", "grouped", "on"),
+        "cpu": ("sdpa", "grouped", "off"),
+    }
+    assert checked == ["mps", "cuda"]
+    assert device.resolve_compute(ComputeConfig(compile="off"), torch.device("cuda")).compile == "off"
+    assert device.resolve_compute(ComputeConfig(compile="on"), torch.device("cpu")).compile == "on"
     with pytest.raises(UserError, match="--dtype float64"):
         device.resolve_compute(ComputeConfig("float64"), torch.device("mps"))
     for option in ("attention", "moe"):
@@ -141,6 +148,18 @@ def test_wrong_experts_are_replaced_with_a_warning(device, monkeypatch):
     monkeypatch.setitem(device.EXPERT_PATHS, "blocks", drops_a_choice)
     with pytest.warns(UserWarning, match="--moe blocks is wrong.*using the slower dense"):
         settled = device.self_checked(ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu"))
+    assert (settled.attention, settled.moe) == ("masked", "dense")
+
+
+def test_a_path_that_fails_is_replaced_too(device, monkeypatch):
+    import torch
+
+    def refuses(*_):
+        raise RuntimeError("grouped_mm: not on this card")
+
+    monkeypatch.setitem(device.EXPERT_PATHS, "blocks", refuses)
+    with pytest.warns(UserWarning, match="--moe blocks is wrong.*not on this card; using the slower dense"):
+        settled = device.self_checked(ComputeConfig("float64", attention="masked", moe="blocks"), torch.device("cpu"))
     assert (settled.attention, settled.moe) == ("masked", "dense")
 
 

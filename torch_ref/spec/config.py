@@ -203,6 +203,8 @@ class ComputeConfig:
     mesh: tuple[int, int, int] = (1, 1, 1)
     """Flax only: over how many devices the batch, the weights (`fsdp`) and the experts are spread, on top of each
     other (`flax_model/sharding.py`)."""
+    compile: str = "auto"
+    """Torch only: whether training runs its layers through `torch.compile`. `on`, `off`; `auto` is on for CUDA."""
 
     @property
     def param_dtype(self) -> str:

@@ -29,6 +29,8 @@ class Case:
     remat: str = "off"
     attention: str = "auto"
     moe: str = "auto"
+    compile: str = "auto"
+    loss_chunk: int = 512
     repeats: int = 3
     new_tokens: int = 32
     """Of a generated text."""
@@ -44,7 +46,8 @@ class Case:
 
     @property
     def compute(self) -> ComputeConfig:
-        return ComputeConfig(dtype=self.dtype, attention=self.attention, moe=self.moe, remat=self.remat)
+        names = "dtype attention moe remat compile loss_chunk".split()
+        return ComputeConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def optimizer(self) -> OptimizerConfig:

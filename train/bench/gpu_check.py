@@ -7,7 +7,8 @@
 Parts, the most telling first, each a process of its own with the card to itself:
 
     limits      a large matrix product, reading and copying memory, in torch and JAX
-    checks      every attention and expert path against the plain one in full float32: output, gradients, time
+    checks      every attention and expert path against the plain one in full float32: output, gradients, time; and
+                torch's compiled layer against the same layer uncompiled
     step        whole train steps of Flax, torch_ref and `transformers`: speed, peak memory, and their longest kernels
     parity      the ladder on the card in full float32: Flax against torch, 200 training steps, greedy tokens
     decode      prompts and tokens one by one, alone and in a batch of 64
@@ -77,14 +78,18 @@ def parts(args: argparse.Namespace) -> list[Part]:
     base = replace(base, new_tokens=min(32, max(2, args.seq_len // 8)), decode_batch=args.decode_batch)
     made = [Part("limits", "case", replace(base, system="ceiling"))]
     made += [
-        Part(f"checks {system}", "checks", replace(base, system=system))
+        Part(
+            f"checks {system}", "checks", replace(base, system=system, compile="on" if "on" in args.compile else "off")
+        )
         for system in SYSTEMS[:2]
         if system in args.systems
     ]
     for system in args.systems:
-        step = replace(base, system=system, tasks=("step", "profile"))
-        for moe in args.moe if system == "flax" else ("auto",):
-            made.append(Part(f"step {system} {moe}", "case", replace(step, moe=moe)))
+        step = replace(base, system=system, tasks=("step", "profile"), loss_chunk=4096)
+        variants = {"flax": [{"moe": moe} for moe in args.moe], "torch_ref": [{"compile": on} for on in args.compile]}
+        for variant in variants.get(system, [{}]):
+            named = (f"{name} {value}" for name, value in variant.items())
+            made.append(Part(" ".join(("step", system, *named)), "case", replace(step, **variant)))
     if {"flax", "torch_ref"} <= set(args.systems):
         made.append(Part("parity", "parity", replace(base, system="both")))
     text = replace(base, micro_batch=1, tasks=("prefill", "decode"), repeats=min(3, args.repeats))
@@ -231,6 +236,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=words, default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--systems", type=words, default=SYSTEMS, help=f"of {', '.join(SYSTEMS)} (default: all)")
     parser.add_argument("--moe", type=words, default=("auto",), help="expert paths of Flax's steps (default: auto)")
+    parser.add_argument("--compile", type=words, default=("on", "off"), help="of torch_ref's steps (default: on,off)")
     parser.add_argument("--preset", choices=PRESETS, default="smol-774m")
     parser.add_argument("--rows", type=int, default=8, help="of a step, in one micro-batch (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, help="tokens of a row (default: the model's context)")

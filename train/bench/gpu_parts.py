@@ -32,9 +32,11 @@ def part_rows(part: dict) -> Iterator[dict]:
     case = Case(**{**part["case"], "tasks": tuple(part["case"]["tasks"])})
     if part["kind"] == "case":
         for row in measure(case):
-            yield row | {"attention": case.attention, "moe": case.moe}
+            yield row | {"attention": case.attention, "moe": case.moe, "compile": case.compile}
     elif part["kind"] == "checks":
         yield from checks({"flax": FlaxPaths, "torch_ref": TorchPaths}[case.system](case), case)
+        if case.system == "torch_ref" and case.compile != "off":
+            yield from compiled_layer_rows(case)
     else:
         yield from parity(case)
 
@@ -228,6 +230,30 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
     scale = float(np.linalg.norm(expected.astype(np.float64)))
     error = float(np.linalg.norm(got.astype(np.float64) - expected))
     return error / scale if scale else error
+
+
+def compiled_layer_rows(case: Case) -> Iterator[dict]:
+    """torch's layer, compiled and not: forward and backward pass, and whether the one is the other."""
+    import dataclasses
+
+    import torch
+
+    from torch_ref import device, model
+    from torch_ref.spec.parameters import initial_values
+
+    config = dataclasses.replace(case.config, num_layers=1)
+    where = device.resolve_device(case.device)
+    compute = dataclasses.replace(case.compute, attention="sdpa", moe="grouped", compile="on")
+    made = model.Model(config, where).load_values(initial_values(config, 0))
+    tokens = torch.from_numpy(case.rows()[0]).to(where)
+    problem = device.compile_error(compute, made, tokens)
+    for what, run in (("uncompiled", model.run_layer), ("compiled", model.compiled_layer())):
+        row = {"task": "check", "system": case.system, "what": f"layer {what}, {case.dtype}"}
+        if problem and what == "compiled":
+            yield row | {"failed": problem}
+            return
+        _, seconds = clocked(device.layer_pass(run, made, made.layers[0], tokens, compute), case.repeats)
+        yield row | {"value": seconds * 1e3, "unit": "ms"}
 
 
 # ------------------------------------------------------------------------------------------------------ parity

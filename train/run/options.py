@@ -74,6 +74,8 @@ class DeviceOptions:
     """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
     scan_layers: bool = True
     """Flax: compile one layer and scan over the stack, instead of unrolling."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch: train through compiled layers. auto: on for CUDA, where many small kernels become few; else off."""
     loss_chunk: int | Literal["auto"] = "auto"
     """Tokens whose logits exist at once. auto: 512 on a CPU, 4096 on a GPU."""
 
@@ -293,7 +295,14 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     def compute(self) -> ComputeConfig:
         """Once `dtype` and `remat` are settled: `auto` is no compute setting."""
         return ComputeConfig(
-            self.dtype, self.attention, self.moe, self.remat, self.scan_layers, self.tokens_per_chunk, self.mesh_shape
+            self.dtype,
+            self.attention,
+            self.moe,
+            self.remat,
+            self.scan_layers,
+            self.tokens_per_chunk,
+            self.mesh_shape,
+            self.compile,
         )
 
     @property

@@ -1,0 +1,195 @@
+"""What torch does on CUDA, as far as it can be seen without a card: layers compiled whole, the operands that grouped
+kernels take, the update that the device decides about, and the rotary table kept."""
+
+import warnings
+from collections import Counter
+from dataclasses import replace
+
+import jaxtyping
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+import torch
+
+from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, batch
+from torch_ref import backend as torch_backend
+from torch_ref import device, model, moe
+from torch_ref.backend import TorchBackend
+from torch_ref.spec.config import PRESETS
+
+MODEL = replace(CONFIG, first_k_dense=1, num_layers=3)
+
+
+@pytest.fixture
+def tracing(monkeypatch):
+    """Layers are traced whole, forward and backward, and run as traced, without the minutes that kernels take to make:
+    how often that happened, and why it was given up."""
+    monkeypatch.setattr(model, "COMPILER", "aot_eager")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model.compiled_layer.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    model.compiled_layer.cache_clear()
+
+
+def trained(dtype, compile, steps=2, **compute):
+    """A backend after some steps, and what they reported."""
+    made = TorchBackend(MODEL, replace(COMPUTE, dtype=dtype, compile=compile, **compute), OPTIMIZER, "cpu")
+    made.init(0)
+    return made, [made.step(*batch(seed)) for seed in range(steps)]
+
+
+@pytest.mark.parametrize("remat", ["off", "experts", "layers"])
+def test_a_layer_is_compiled_whole_and_once_for_all_layers(tracing, monkeypatch, remat):
+    """With the grouped kernels, as on CUDA: no break in a layer, one graph for each kind of layer, the same bits."""
+    monkeypatch.setattr(moe, "_all_at_once", lambda x, gate: True)
+    monkeypatch.setattr("torch_ref.layers.HALF_PRODUCTS_ON_CPU", True)
+    expected, reports = trained("bfloat16", "off", remat=remat)
+    compiled, compiled_reports = trained("bfloat16", "on", remat=remat)
+    assert compiled.compute.compile == "on"
+    assert not tracing["graph_break"] and tracing["stats"]["unique_graphs"] == 2
+    assert [report.loss for report in compiled_reports] == [report.loss for report in reports]
+    for name, tensor in arrays(compiled.state()).items():
+        np.testing.assert_array_equal(tensor, arrays(expected.state())[name], err_msg=name)
+
+
+def test_grouped_kernels_are_the_experts_one_by_one(monkeypatch):
+    """float32 on the CPU, where torch has the grouped products too: output and gradients, with an idle expert."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down, upstream = (
+        torch.randn(shape, generator=generator) for shape in ((50, 24), (5, 40, 24), (5, 40, 24), (5, 24, 40), (50, 24))
+    )
+    scores = torch.rand(50, 5, generator=generator)
+    scores[:, 1], scores[:, 3] = 2.0, -1.0
+    chosen, weights = moe.top_k(scores, 2), torch.rand(50, 2, generator=generator)
+    for remat in (False, True):
+        results = []
+        for at_once in (False, True):
+            monkeypatch.setattr(moe, "_all_at_once", lambda x, gate, at_once=at_once: at_once)
+            leaves = [leaf.clone().requires_grad_() for leaf in (x, weights, gate, up, down)]
+            out = moe.experts_grouped(leaves[0], moe.Routing(chosen, leaves[1], scores), *leaves[2:], remat)
+            results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+        for one_by_one, together in zip(*results, strict=True):
+            torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-5)
+        assert not results[1][3][3].any()
+
+
+@pytest.mark.parametrize(
+    "hidden, ffn", [(576, 1536), (PRESETS["small"].hidden_size, 448), (24, 40), (20, 40), (24, 36), (128, 1500)]
+)
+def test_operands_of_grouped_kernels(monkeypatch, hidden, ffn):
+    """Strides and shapes of all nine products are held to CUDA's rules, forward and backward, on tensors without
+    values; and the sizes that break them are those that are not given to the kernels."""
+    monkeypatch.setattr(moe, "_all_at_once", lambda x, gate: True)
+    bfloat16, float32 = ({"device": "meta", "dtype": dtype} for dtype in (torch.bfloat16, torch.float32))
+    shapes = (33, 2), (8, ffn, hidden), (8, ffn, hidden), (8, hidden, ffn)
+    weights, *experts = (torch.empty(shape, **float32, requires_grad=True) for shape in shapes)
+    x = torch.empty(33, hidden, **bfloat16, requires_grad=True)
+    chosen = torch.empty(33, 2, dtype=torch.long, device="meta")
+
+    def run():
+        for remat in (False, True):
+            out = moe.experts_grouped(x, moe.Routing(chosen, weights, weights), *experts, remat)
+            assert (out.shape, out.dtype) == (x.shape, x.dtype)
+            gradients = torch.autograd.grad(out, (x, weights, *experts), torch.empty_like(out))
+            assert [g.dtype for g in gradients] == [torch.bfloat16, *[torch.float32] * 4]
+
+    if moe.grouped_kernels_take(ffn, hidden):
+        run()
+    else:
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            run()
+
+
+def test_a_layer_that_does_not_compile_runs_as_it_is(tracing, monkeypatch):
+    monkeypatch.setattr(model, "COMPILER", "no_such_compiler")
+    _, expected = trained("float32", "off")
+    with pytest.warns(UserWarning, match="--compile on: .*no_such_compiler.*uncompiled"):
+        made, reports = trained("float32", "on")
+    assert made.compute.compile == "off" and [r.loss for r in reports] == [r.loss for r in expected]
+
+
+@pytest.mark.parametrize("wrong, factor", [("output", 1.1), ("output", float("nan")), ("gradient", 1.1)])
+def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
+    def compiled(block, x, rope, compute):
+        if wrong == "gradient":
+            x = x.detach() + factor * (x - x.detach())
+        out, report = model.run_layer(block, x, rope, compute)
+        return (out if wrong == "gradient" else factor * out), report
+
+    monkeypatch.setattr(device, "compiled_layer", lambda: compiled)
+    with pytest.warns(UserWarning, match=f"--compile on: {wrong} of a compiled layer is wrong"):
+        assert trained("float32", "on", steps=1)[0].compute.compile == "off"
+
+
+def test_a_right_compiled_layer_is_checked_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(device, "compiled_layer", lambda: calls.append(1) or model.run_layer)
+    monkeypatch.setattr(model, "compiled_layer", lambda: model.run_layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trained("bfloat16", "on", steps=2)[0].compute.compile == "on"
+    assert len(calls) == 2, "a dense layer and one with experts"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("clip", [0.5, 1e3])
+def test_the_device_decides_about_an_update_as_the_host_does(dtype, clip):
+    """Clipped or not; and not at all where anything is not finite."""
+
+    def updated(update):
+        made = TorchBackend(MODEL, replace(COMPUTE, dtype=dtype), replace(OPTIMIZER, grad_clip=clip), "cpu")
+        made.init(0)
+        made.step(*batch(0))  # moments that are not zero
+        before = arrays(made.state())
+        total, parts = model.objective(made.model, *made._put(np.stack(batch(1))), made.compute, 100, 4)
+        total.backward()
+        gradients = [parameter.grad for parameter in made._trainable.values()]
+        update(made, gradients, torch_backend.global_norm(gradients), parts.expert_counts)
+        return before, arrays(made.state()), made._updates
+
+    def on_the_device(made, gradients, norm, counts, loss=1.0):
+        made._update_unasked(gradients, torch.stack([norm.new_tensor(loss), norm, norm]), 1e-3, counts)
+
+    def by_the_host(made, gradients, norm, counts):
+        assert float(norm) > 0.5
+        made._update(gradients, float(norm), 1e-3, counts)
+
+    _, expected, updates = updated(by_the_host)
+    before, got, got_updates = updated(on_the_device)
+    assert got_updates == updates == 2
+    for name, tensor in got.items():
+        error = np.abs(tensor - expected[name]).max() / max(np.abs(expected[name]).max(), 1e-9)
+        assert error < {"float32": 1e-6, "float64": 1e-13}[dtype], (name, error)
+    assert any((got[name] != before[name]).any() for name in got if name.endswith("balance_bias"))
+
+    before, got, got_updates = updated(lambda *args: on_the_device(*args, loss=float("nan")))
+    assert got_updates == 1
+    for name, tensor in got.items():
+        np.testing.assert_array_equal(tensor, before[name], err_msg=name)
+
+
+def test_the_rotary_table_is_kept_and_good_for_training(monkeypatch):
+    made = Counter()
+    real = model.make_rope
+
+    def counted(config, length, *where):
+        made[length] += 1
+        return real(config, length, *where)
+
+    monkeypatch.setattr(model, "make_rope", counted)
+    small = model.Model(MODEL)
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.ones(2, 8, dtype=torch.long)
+    compute = replace(COMPUTE, attention="sdpa", moe="grouped")
+    with torch.inference_mode():
+        small(tokens, compute)
+    small(tokens, compute).hidden.sum().backward()
+    small(tokens, compute)
+    assert made == {8: 1}
+    small(tokens[:, :5], compute)
+    assert made == {8: 1, 5: 1}
