@@ -44,13 +44,14 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "gate_up": Tile(128, 64, 8, 3),
-    "down": Tile(128, 64, 4, 4),
-    "d_activation": Tile(128, 64, 8, 3),
-    "d_rows": Tile(128, 64, 8, 3),
-    "d_weight": Tile(128, 64, 4, 3),
+    "gate_up": Tile(128, 64, 8, 4),
+    "down": Tile(64, 64, 4, 3),
+    "d_activation": Tile(64, 64, 8, 3),
+    "d_rows": Tile(64, 64, 4, 3),
+    "d_weight": Tile(128, 64, 8, 2),
 }
-"""By kernel. In `d_weight`, `columns` are of both of a weight's dimensions."""
+"""By kernel, the fastest of five or six tried on an H100 (docs/performance.md). In `d_weight`, `columns` are of both of
+a weight's dimensions."""
 
 
 def takes(hidden: int, ffn: int) -> bool:
