@@ -172,7 +172,7 @@ def test_benchmark_command(folder, tmp_path, capsys):
     accuracy = answer(open_trained(folder, "torch", device="cpu"), list(read_questions(file)))
     assert out == f"piqa.jsonl: {accuracy}\n" and "(20 questions)" in out and not math.isnan(accuracy.plain)
     assert evaluation.main([str(folder)]) == 2
-    assert capsys.readouterr().err == "error: --data or --benchmark: name the files to score\n"
+    assert capsys.readouterr().err == "error: --data, --validation-dataset or --benchmark: name the files to score\n"
     assert evaluation.main([str(folder), "--benchmark", str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
 

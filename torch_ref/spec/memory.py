@@ -108,9 +108,11 @@ def host_memory_available() -> int | None:
         limit = (cgroup / "memory.max").read_text().strip()
         if limit != "max":
             used = int((cgroup / "memory.current").read_text())
-            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-            # The kernel gives the file cache back when memory is asked for.
-            cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            try:  # the kernel gives the file cache back when memory is asked for
+                stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+                cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            except (OSError, ValueError):
+                cache = 0
             limits.append(int(limit) - used + cache)
     except (OSError, KeyError, ValueError):
         pass
