@@ -125,6 +125,54 @@ def test_generation_is_measured_without_an_optimizer():
     assert {("prefill", "decode")} <= parts and all("decode" not in tasks or "step" not in tasks for tasks in parts)
 
 
+def test_peak_memory_is_that_of_each_task_alone(monkeypatch):
+    """A device's peak only rises by itself: each task's is read after a reset, the largest first."""
+    held = {"gradient": 7, "step": 6, "save": 5, "restore": 4, "input": 3, "prefill": 2, "decode": 2}
+
+    class Device:
+        framework, peak = "torch", 0
+
+        def __init__(self, case):
+            pass
+
+        def needs(self, task):
+            self.peak = max(self.peak, held[task] * bench_worker.GIB)
+
+        def gradient(self):
+            return lambda: self.needs("gradient")
+
+        def step(self):
+            return lambda: self.needs("step")
+
+        def save(self, folder):
+            self.needs("save")
+            return folder
+
+        def restore(self, path):
+            self.needs("restore")
+
+        def generate(self, prompts, count, on_token):
+            self.needs("decode")
+            for token in range(count):
+                on_token(token)
+
+        def reset_peak(self):
+            self.peak = 0
+
+        def device_peak(self):
+            device.append(self)
+            return self.peak
+
+    device: list[Device] = []
+    monkeypatch.setitem(bench_worker.SYSTEMS, "torch", Device)
+    monkeypatch.setattr(bench_worker, "read_bandwidth", lambda *_: 1.0)
+    monkeypatch.setattr(bench_worker, "input_rate", lambda case: device[-1].needs("input") or 1.0)
+    tasks = ("gradient", "step", "checkpoint", "input", "prefill", "decode")
+    rows = list(bench_worker.measure(Case("torch", tasks, "tiny", "float32", 64, 4, new_tokens=4)))
+    assert {row["task"] for row in rows} == set(held)
+    assert [row["peak_memory_gb"] for row in rows] == [held[row["task"]] for row in rows]
+
+
 def test_table_puts_systems_side_by_side():
     text = bench.table(
         [

@@ -73,6 +73,7 @@ def measure(case: Case) -> Iterator[dict]:
             system.restore(path)
             yield row("restore", time.perf_counter() - start, "s")
     if "input" in case.tasks and case.system != "transformers":
+        peak.reset()
         yield row("input", input_rate(case), "tokens/s")
     if "decode" in case.tasks or "prefill" in case.tasks:
         long, short = case.seq_len - 2 * case.new_tokens, min(64, case.seq_len // 4)
