@@ -131,7 +131,7 @@ def test_readme_table_is_replaced_between_its_markers(tmp_path):
 
 def test_published_tables_are_those_of_this_ladder():
     """What README and docs show has the rungs and faults that are measured now, all passed."""
-    from parity_tests.harness import faults_attention, faults_experts, faults_training, mutations  # noqa: F401
+    from parity_tests.harness import devices, faults_attention, faults_experts, faults_training, mutations  # noqa: F401
 
     readme = (REPOSITORY / "README.md").read_text()
     table = readme.partition(page.BEGIN)[2].partition(page.END)[0]
@@ -139,7 +139,7 @@ def test_published_tables_are_those_of_this_ladder():
     assert rungs == list(RUNGS)
     assert "FAILED" not in table
     published = re.findall(r"^\| ([^|]+?) \|", (REPOSITORY / "docs/mutations.md").read_text(), re.M)[1:]
-    assert published == [planted.name for planted in mutations.MUTATIONS]
+    assert published == [planted.name for planted in mutations.MUTATIONS + devices.FAULTS]
     assert "not caught" not in (REPOSITORY / "docs/mutations.md").read_text()
 
 
