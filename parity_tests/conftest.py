@@ -1,6 +1,8 @@
 """Shapes and types in the signatures of both models are checked at run time while tests run."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # One GPU may hold both frameworks, so JAX must not take it whole; matrix products in float32 mean float32.
@@ -9,6 +11,9 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Models here are small, and most of the time goes into compiling them: half of it without LLVM's optimisation passes.
 # Speed is all they change; `python -m parity_tests.report` measures the same numbers with them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Several workers (`-n`) share the cores, one thread of torch's each. All set before either framework is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
@@ -22,3 +27,12 @@ CHECKED = [
 ]
 
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_configure(config):
+    """One cache of JAX's compiled programs for this session's workers and the processes they start."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="parity_tests_jax_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -316,6 +316,8 @@ def test_a_file_that_may_not_grow_so_large_is_reported(backend, tmp_path):
     """The system's own refusal, as a full disk or a quota makes it: torch hides it behind an error of its zip writer,
     orbax has it from a thread, as text."""
     resource = pytest.importorskip("resource")
+    backend.save(tmp_path / "before", "step_1", META)  # what is compiled is compiled, and in JAX's cache of it
+    backend.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
