@@ -2,7 +2,7 @@
 < flags. `--init-from` brings its model's sizes and its tokenizer in place of the preset's. Every mistake is refused in
 one line that names the option or the file.
 
-`python -m train.command_line` prints the README's table of settings.
+`python -m train.command_line` prints the table of settings in docs/settings.md.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def settings_table() -> str:
-    """The README's table of settings, in Markdown: flag, default, meaning, and whether a resumed run may change it."""
+    """The table in docs/settings.md: flag, default, meaning, and a star where a resumed run must not change it."""
     lines = []
     for group in GROUPS:
         described = _field_docstrings(group)

@@ -203,8 +203,8 @@ def test_every_setting_is_explained() -> None:
     assert "| `--learning-rate` * | `0.003` |" in table and "| `--device` | `auto` |" in table
 
 
-def test_the_readme_has_the_current_table() -> None:
-    assert settings_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_docs_have_the_current_table() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "docs/settings.md").read_text(encoding="utf-8")
 
 
 def test_trajectory_differences() -> None:

@@ -1,8 +1,8 @@
 """Every setting of a training run: one frozen dataclass.
 
-`Options` is flat; the classes it is put together from only group the settings for `--help`, the README's table and
-the `settings.toml` that each run folder keeps. Model sizes are its field `model`: the table `[model]` in TOML, flat
-flags such as `--num-layers` on the command line (`train/command_line.py`).
+`Options` is flat; the classes it is put together from only group the settings for `--help`, docs/settings.md and the
+`settings.toml` that each run folder keeps. Model sizes are its field `model`: the table `[model]` in TOML, flat flags
+such as `--num-layers` on the command line (`train/command_line.py`).
 
 A setting made with `trajectory(...)` shapes the sequence of weights, beyond rounding: a resumed run must not change it
 unawares. All others may differ from one start of a run to the next.
