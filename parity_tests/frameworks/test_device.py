@@ -230,10 +230,10 @@ def test_flax_choices_on_gpus():
     assert [device.default_dtype(each) for each in (new, old, amd)] == ["bfloat16", "float32", "float32"]
     assert paths(new, "bfloat16") == ("cudnn", "pallas")
     assert paths(new, "float32") == ("blocked", "pallas")
-    assert paths(old, "bfloat16") == paths(amd, "bfloat16") == ("blocked", "blocks")
+    assert paths(old, "bfloat16") == paths(amd, "bfloat16") == ("blocked", "dense")
     # What the kernels do not take: heads of 12 + 8, an ffn that is no multiple of 16.
     assert paths(new, "bfloat16", qk_nope_head_dim=12, qk_rope_head_dim=8) == ("blocked", "pallas")
-    assert paths(new, "bfloat16", moe_intermediate_size=1500) == ("cudnn", "blocks")
+    assert paths(new, "bfloat16", moe_intermediate_size=1500) == ("cudnn", "dense")
     odd = dataclasses.replace(FULL, qk_nope_head_dim=12, qk_rope_head_dim=8, moe_intermediate_size=1500)
     with pytest.raises(UserError, match="--attention cudnn: .* not 20"):
         device.resolve_compute(ComputeConfig("bfloat16", attention="cudnn"), new, odd)

@@ -193,7 +193,7 @@ class ComputeConfig:
     """`plain` is the oracle. Flax: `blocked` (CPU default), `cudnn`. Torch: `sdpa` (default), `masked` (MPS)."""
     moe: str = "auto"
     """`dense` runs all experts on all tokens: the oracle. Flax: `grouped` (CPU default), `pallas` (NVIDIA GPUs),
-    `blocks` (others). Torch: `grouped` (default), `blocks` (MPS)."""
+    `blocks`. Torch: `grouped` (default), `blocks` (MPS)."""
     remat: Literal["off", "experts", "layers"] = "off"
     """What the backward pass computes again: nothing, the experts' activations, or whole layers."""
     scan_layers: bool = True
