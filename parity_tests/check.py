@@ -345,17 +345,27 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m parity_tests.check",
         description=__doc__.split("\n\n")[0].replace("\n", " "),
     )
-    parser.add_argument("model", type=Path, help=KINDS)
-    parser.add_argument("--data", nargs="+", default=[], help="text files, folders or globs; default: held-out rows")
-    parser.add_argument("--exported", type=Path, help="a transformers folder to compare it with; default: a fresh one")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run folder; default: the latest")
-    parser.add_argument("--tokenizer", help="a folder or a name on the Hub; default: the one beside the model")
-    parser.add_argument("--rows", type=int, default=2, help="rows of text (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=LONGEST_ROW, help="tokens a row at most (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=0, help="also train so many steps in float64 on the next batches")
-    parser.add_argument("--torch-device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
-    parser.add_argument("--jax-platform", default="cpu", help="cpu or gpu (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder of the page; default: parity, in the run or beside the model")
+    parser.add_argument("model", type=Path, help=f"The model: {KINDS}.")
+    parser.add_argument("--data", nargs="+", default=[], help="Text files, folders or globs; by default held-out rows.")
+    parser.add_argument(
+        "--exported", type=Path, help="A transformers folder to compare it with; by default a fresh one."
+    )
+    parser.add_argument("--step", type=int, help="The step of the checkpoint in a run folder; by default the latest.")
+    parser.add_argument(
+        "--tokenizer", help="The tokenizer's folder or name on the Hub; by default the one beside the model."
+    )
+    parser.add_argument("--rows", type=int, default=2, help="Number of rows of text; by default %(default)s.")
+    parser.add_argument(
+        "--seq-len", type=int, default=LONGEST_ROW, help="Tokens in a row, at most; by default %(default)s."
+    )
+    parser.add_argument("--steps", type=int, default=0, help="Also train so many steps in float64 on the next batches.")
+    parser.add_argument(
+        "--torch-device", default="cpu", help="Torch's device: cpu, cuda or mps; by default %(default)s."
+    )
+    parser.add_argument("--jax-platform", default="cpu", help="JAX's platform: cpu or gpu; by default %(default)s.")
+    parser.add_argument(
+        "--out", type=Path, help="The page's folder; by default parity, in the run or beside the model."
+    )
     options, changed = parser.parse_args(argv), []
     try:
         for package in ("torch", "flax", "transformers"):

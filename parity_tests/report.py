@@ -177,11 +177,17 @@ def measure(torch_device: str, jax_platform: str, quick: bool, say: Callable[[st
 @shell
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
-    parser.add_argument("--jax-platform", default="cpu", help="cpu or gpu (default: %(default)s)")
-    parser.add_argument("--out", type=user_path, default=Path("report"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two mode combinations, one training run")
-    parser.add_argument("--readme", action="store_true", help="renew the tables of README.md and docs/mutations.md")
+    parser.add_argument(
+        "--torch-device", default="cpu", help="Torch's device: cpu, cuda or mps; by default %(default)s."
+    )
+    parser.add_argument("--jax-platform", default="cpu", help="JAX's platform: cpu or gpu; by default %(default)s.")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("report"), help="The folder to write to; by default %(default)s."
+    )
+    parser.add_argument("--quick", action="store_true", help="Measure two mode combinations and one training run only.")
+    parser.add_argument(
+        "--readme", action="store_true", help="Also renew the tables of README.md and docs/mutations.md."
+    )
     options = parser.parse_args(arguments)
     try:
         for package in ("torch", "flax"):

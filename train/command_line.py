@@ -172,7 +172,7 @@ def settings_table() -> str:
     """The table in docs/settings.md: flag, default, meaning, and a star where a resumed run must not change it."""
     lines = []
     for group in GROUPS:
-        described = _field_docstrings(group)
+        described = field_docstrings(group)
         lines += [f"\n**{(group.__doc__ or '').splitlines()[0].rstrip('.')}**\n", "| flag | default | meaning |"]
         lines += ["|---|---|---|"]
         for field in dataclasses.fields(group):
@@ -183,7 +183,7 @@ def settings_table() -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _field_docstrings(group: type) -> dict[str, str]:
+def field_docstrings(group: type) -> dict[str, str]:
     """The string below each field of a dataclass, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
     return {

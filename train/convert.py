@@ -142,11 +142,15 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m train.convert",
         description="Convert a training state or weights between Flax, torch, a neutral form and transformers.",
     )
-    parser.add_argument("source", type=user_path, help=KINDS)
-    parser.add_argument("target", type=user_path, help="a new folder")
-    parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run folder (default: the latest)")
-    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), help="default: as it is stored")
+    parser.add_argument("source", type=user_path, help=f"What to convert: {KINDS}.")
+    parser.add_argument("target", type=user_path, help="A new folder to write to.")
+    parser.add_argument("--to", required=True, choices=FORMS, help="The form to write it in.")
+    parser.add_argument("--step", type=int, help="The step of the checkpoint in a run folder; by default the latest.")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        help="Precision of the tensors written; by default as they are stored.",
+    )
     arguments = parser.parse_args(argv)
     try:
         found = convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.step)

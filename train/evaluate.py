@@ -37,7 +37,7 @@ from train.data.options import named_files
 from train.data.packing import Rows, document_rows
 from train.data.sources import FileSource
 from train.data.tokenizer import TextTokenizer
-from train.run.options import Repeated
+from train.settings import Repeated
 from train.shell import COMPLETE, parse_flags, shell
 from train.state.source import locate
 from train.state.trained import DTypeName, Framework, TrainedModel, open_trained
@@ -53,27 +53,27 @@ class EvaluateOptions:
     model: Annotated[Path, tyro.conf.Positional]
     """A run folder, a checkpoint, a transformers folder or a file of final weights."""
     data: tuple[str, ...] = ()
-    """Files (docs/data.md has the kinds), folders or globs."""
+    """Files (docs/data.md has the kinds), folders or globs of texts to score."""
     validation_dataset: Repeated = ()
-    """NAME=FILES: scored by themselves. Repeat it for several. Default: those of the run, if nothing else is named."""
+    """Files to score by themselves, as NAME=FILES; may be repeated. Default: the run's, if nothing else is named."""
     benchmark: tuple[Path, ...] = ()
-    """Multiple-choice questions: .jsonl files in the layout of HellaSwag, ARC or PIQA."""
+    """Multiple-choice questions to answer: .jsonl files in the layout of HellaSwag, ARC or PIQA."""
     text_field: str | None = None
-    """Of rows. Default: text, and for a run's own validation datasets that of the run."""
+    """Column or key that holds the text. Default: text, and for a run's own validation datasets that of the run."""
     document_bytes: int = 0
     """Cut text files into documents of at most so many bytes; 0: a file is a document."""
     seq_len: int | None = None
-    """Longest row; None: the model's context."""
+    """Length of the longest row; None: the model's context."""
     framework: Framework = "auto"
-    """auto: the one that wrote the model."""
+    """The framework to run it in. auto: the one that wrote the model."""
     step: int | None = None
-    """Which checkpoint of a run folder; None: the latest."""
+    """The step of the checkpoint in a run folder; None: the latest."""
     tokenizer: str | None = None
-    """A folder or a name on the Hub; None: the one beside the model."""
+    """The tokenizer's folder or name on the Hub; None: the one beside the model."""
     dtype: DTypeName = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32."""
+    """Precision of the products. auto: bfloat16 on GPUs that have it, else float32."""
     device: str = "auto"
-    """cuda, mps or cpu."""
+    """Where to compute: auto, cuda, mps or cpu."""
 
 
 @dataclass(frozen=True)

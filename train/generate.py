@@ -38,13 +38,13 @@ class GenerateOptions:
     prompt: str | None = None
     """The text to continue; empty: the start of a document. None: standard input, on a terminal one prompt a line."""
     max_new_tokens: int = Sampling.max_new_tokens
-    """The text ends there, or where the model ends it."""
+    """The text ends after so many tokens, or where the model ends it."""
     greedy: bool = Sampling.greedy
     """Always take the most likely token."""
     temperature: float = Sampling.temperature
     """Below 1 likely tokens get likelier, above 1 less so."""
     top_k: int = Sampling.top_k
-    """Draw from the k most likely tokens; 0: from all."""
+    """Draw from the k most likely tokens; 0 draws from all."""
     top_p: float = Sampling.top_p
     """Draw from the most likely tokens that together have this probability."""
     min_p: float = Sampling.min_p
@@ -54,15 +54,15 @@ class GenerateOptions:
     seed: int = 0
     """The same seed gives the same text."""
     framework: Framework = "auto"
-    """auto: the one that wrote the model."""
+    """The framework to run it in. auto: the one that wrote the model."""
     step: int | None = None
-    """Which checkpoint of a run folder; None: the latest."""
+    """The step of the checkpoint in a run folder; None: the latest."""
     tokenizer: str | None = None
-    """A folder or a name on the Hub; None: the one beside the model."""
+    """The tokenizer's folder or name on the Hub; None: the one beside the model."""
     dtype: DTypeName = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32."""
+    """Precision of the products. auto: bfloat16 on GPUs that have it, else float32."""
     device: str = "auto"
-    """cuda, mps or cpu."""
+    """Where to compute: auto, cuda, mps or cpu."""
 
     def sampling(self, stop_token: int) -> Sampling:
         return Sampling(

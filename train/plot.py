@@ -225,8 +225,10 @@ def expert_load(run: Curves) -> Float[np.ndarray, "rows columns"]:
 @shell
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draw runs into one picture.")
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=user_path, help="PNG to write; by default plot.png in the first run's folder")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="One or more folders of runs.")
+    parser.add_argument(
+        "--output", type=user_path, help="The PNG file to write; by default plot.png in the first run's folder."
+    )
     arguments = parser.parse_args(argv)
     default = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
     print(plot_runs(arguments.runs, arguments.output or arguments.runs[0] / default))

@@ -108,7 +108,9 @@ def _loss(value: float | None) -> str:
 @shell
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.runs", description="List runs.")
-    parser.add_argument("folder", nargs="?", type=user_path, default=Path("runs"), help="where to look (default: runs)")
+    parser.add_argument(
+        "folder", nargs="?", type=user_path, default=Path("runs"), help="The folder to look in; by default runs."
+    )
     folder = parser.parse_args(argv).folder
     runs = [summarize(run) for run in find_runs(folder)]
     if not runs:

@@ -158,7 +158,7 @@ def with_validation(options, tmp_path):
         dataset=str(folder),
         dataset_weights=(),
         text_field="text",
-        validation_datasets=[f"news={folder / 'news.jsonl'}", f"book={tmp_path / 'book.txt'}"],
+        validation_dataset=[f"news={folder / 'news.jsonl'}", f"book={tmp_path / 'book.txt'}"],
     )
 
 
@@ -192,7 +192,7 @@ def test_validation_datasets_may_change_and_it_is_told(with_validation, tmp_path
     assert list(kept) == ["news", "book"]
     (tmp_path / "book.txt").write_text("another book")
     more = dataclasses.replace(
-        with_validation, validation_datasets=[*with_validation.validation_datasets, f"b={tmp_path / 'book.txt'}"]
+        with_validation, validation_dataset=[*with_validation.validation_dataset, f"b={tmp_path / 'book.txt'}"]
     )
     second = open_data(more, tmp_path / "run", resume=True)
     assert compare_identity(first.identity, second.identity) == []
@@ -226,6 +226,6 @@ def test_unusable_validation_datasets_are_refused(files, said, with_validation, 
     (tmp_path / "utf16.jsonl").write_bytes('{"text": "x"}'.encode("utf-16"))
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError) as error:
-        changed = dataclasses.replace(with_validation, validation_datasets=[f"n={files.format(tmp_path)}"])
+        changed = dataclasses.replace(with_validation, validation_dataset=[f"n={files.format(tmp_path)}"])
         open_data(changed, tmp_path / "run")
     assert said.format(tmp_path) in str(error.value)

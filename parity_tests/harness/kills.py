@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -177,15 +177,17 @@ def kill_and_compare(framework: str, folder: Path, kills: int, steps: int, seed:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.kills", description=__doc__.splitlines()[0])
-    parser.add_argument("framework", choices=MAINS)
-    parser.add_argument("folder", type=Path, help="a new folder for the runs")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=600, help="no more kills after this time")
-    options = parser.parse_args()
+    parser.add_argument("framework", choices=MAINS, help="The framework whose main is run.")
+    parser.add_argument("folder", type=Path, help="A new folder for the runs.")
+    parser.add_argument("--kills", type=int, default=100, help="How often to kill; by default %(default)s.")
+    parser.add_argument("--steps", type=int, default=3000, help="Steps of the run; by default %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments; by default %(default)s.")
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="No more kills after so many minutes; by default %(default)s."
+    )
+    options = parser.parse_args(argv)
     report = kill_and_compare(
         options.framework, options.folder, options.kills, options.steps, options.seed, options.minutes
     )

@@ -134,8 +134,8 @@ def report(framework: str, folder: Path) -> dict[str, dict]:
 @shell
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.write_faults")
-    parser.add_argument("framework", choices=MAINS)
-    parser.add_argument("folder", type=Path, help="a new folder for the runs")
+    parser.add_argument("framework", choices=MAINS, help="The framework whose main is run.")
+    parser.add_argument("folder", type=Path, help="A new folder for the runs.")
     options = parser.parse_args(argv)
     print(json.dumps(report(options.framework, options.folder), indent=2))
     return 0

@@ -25,43 +25,43 @@ class ModelConfig:
     vocab_size: int = 49152
     """Rows of the embedding; a tokenizer may use fewer."""
     hidden_size: int = 576
-    """Width of the residual stream."""
+    """Width of the residual stream, a token's vector between layers."""
     num_layers: int = 30
-    """Transformer blocks."""
+    """Number of transformer blocks, one over the other."""
     num_heads: int = 9
-    """Query heads."""
+    """Number of query heads in each block."""
     num_kv_heads: int = 3
-    """K/V heads the latent is expanded to; query head h reads K/V head h // (num_heads / num_kv_heads)."""
+    """Number of K/V heads that the latent is expanded to; query head h reads h // (num_heads / num_kv_heads)."""
     kv_lora_rank: int = 72
     """Size of the latent that the cache holds: hidden_size / 8 is the "8x compression"."""
     q_lora_rank: int | None = None
-    """None: one query projection. A number: queries pass through a normed latent of that size."""
+    """Size of the normed latent that queries pass through; None: one projection without a latent."""
     qk_nope_head_dim: int = 64
     """Size of a query's and a key's part without position."""
     qk_rope_head_dim: int = 40
     """Size of the one rotary key that all heads share."""
     v_head_dim: int = 64
-    """Size of a value head."""
+    """Size of each value head."""
     intermediate_size: int = 1536
     """Width of the dense SwiGLU in the first `first_k_dense` layers."""
     moe_intermediate_size: int = 1536
-    """Width of each expert's SwiGLU."""
+    """Width of the SwiGLU of each expert."""
     n_routed_experts: int = 8
-    """Experts that tokens are routed to."""
+    """Number of experts that tokens are routed to."""
     n_shared_experts: int = 1
     """Experts' worth of width that every token passes through."""
     num_experts_per_tok: int = 2
-    """Routed experts a token passes through."""
+    """Number of routed experts each token passes through."""
     first_k_dense: int = 0
-    """Leading layers with a dense SwiGLU instead of experts."""
+    """Number of leading layers with a dense SwiGLU instead of experts."""
     routed_scaling_factor: float = 1.0
-    """Multiplies the routed experts' weights, which sum to 1."""
+    """Factor on the routed experts' weights, which sum to 1."""
     rms_norm_eps: float = 1e-5
-    """Of the block norms and the final norm. The latent norms use `LATENT_NORM_EPS`."""
+    """Epsilon of the block norms and the final norm; norms on latents have their own, 1e-6."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     max_position: int = 2048
-    """Longest input, in tokens."""
+    """Length of the longest input, in tokens."""
     balance_loss_coef: float = 1e-4
     """Weight of the sequence balance loss; 0 turns it off."""
     balance_bias_rate: float = 1e-3

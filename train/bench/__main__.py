@@ -195,19 +195,29 @@ def machine() -> str:
 
 def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--only", help=f"tasks, separated by commas, of {', '.join(TASKS)} (default: all)")
-    parser.add_argument("--systems", help=f"of {', '.join(SYSTEMS)} (default: all)")
-    parser.add_argument("--preset", choices=PRESETS, help="model (default: smol-774m; tiny with --quick)")
-    parser.add_argument("--sweep-preset", choices=PRESETS, help="model of sweep and memory (default: small, or tiny)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: both; float32 with --quick")
-    parser.add_argument("--seq-len", type=int, help="tokens a row (default: the model's context)")
-    parser.add_argument("--experts", type=int, help="routed experts (default: the model's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--repeats", type=int, help="calls after the first, of which the median counts (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="the tiny model, few repeats: ends within two minutes")
-    parser.add_argument("--gpu-check", action="store_true", help="another program: see its own --help")
-    parser.add_argument("--json", type=user_path, help="write the rows to this file")
-    parser.add_argument("--plot", type=user_path, help="draw the gradient rows to this PNG file")
+    parser.add_argument("--only", help=f"Tasks, separated by commas, of {', '.join(TASKS)}; by default all.")
+    parser.add_argument("--systems", help=f"Systems, separated by commas, of {', '.join(SYSTEMS)}; by default all.")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="The model's preset; by default smol-774m, tiny with --quick."
+    )
+    parser.add_argument(
+        "--sweep-preset", choices=PRESETS, help="The preset of sweep and memory; by default small, tiny with --quick."
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="Precision to measure in; by default both, float32 with --quick."
+    )
+    parser.add_argument("--seq-len", type=int, help="Tokens in a row; by default the model's context.")
+    parser.add_argument("--experts", type=int, help="Number of routed experts; by default the model's.")
+    parser.add_argument("--device", default="auto", help="Where to compute: auto, cpu or cuda.")
+    parser.add_argument("--repeats", type=int, help="Calls after the first, of which the median counts; by default 3.")
+    parser.add_argument(
+        "--quick", action="store_true", help="Take the tiny model and few repeats: ends within two minutes."
+    )
+    parser.add_argument(
+        "--gpu-check", action="store_true", help="Check a GPU instead: another program, with a --help of its own."
+    )
+    parser.add_argument("--json", type=user_path, help="Write the rows to this file, too.")
+    parser.add_argument("--plot", type=user_path, help="Draw the gradient rows to this PNG file.")
     args = parser.parse_args(argv)
     preset = args.preset or ("tiny" if args.quick else "smol-774m")
     config = PRESETS[preset]

@@ -232,18 +232,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget", type=float, default=450, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--only", type=words, default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--systems", type=words, default=SYSTEMS, help=f"of {', '.join(SYSTEMS)} (default: all)")
-    parser.add_argument("--moe", type=words, default=("auto",), help="expert paths of Flax's steps (default: auto)")
-    parser.add_argument("--compile", type=words, default=("on", "off"), help="of torch_ref's steps (default: on,off)")
-    parser.add_argument("--preset", choices=PRESETS, default="smol-774m")
-    parser.add_argument("--rows", type=int, default=8, help="of a step, in one micro-batch (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a row (default: the model's context)")
-    parser.add_argument("--decode-batch", type=int, default=64, help="texts at once (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="calls after the first (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--json", type=user_path, help="also write the rows to this file, as they come")
+    parser.add_argument(
+        "--budget", type=float, default=450, help="Seconds that all of it may take; by default %(default)s."
+    )
+    parser.add_argument(
+        "--only", type=words, default=PARTS, help=f"Parts, separated by commas, of {', '.join(PARTS)}; by default all."
+    )
+    parser.add_argument(
+        "--systems",
+        type=words,
+        default=SYSTEMS,
+        help=f"Systems, separated by commas, of {', '.join(SYSTEMS)}; by default all.",
+    )
+    parser.add_argument("--moe", type=words, default=("auto",), help="Expert paths of Flax's steps; by default auto.")
+    parser.add_argument(
+        "--compile",
+        type=words,
+        default=("on", "off"),
+        help="Whether torch_ref's layers are compiled; by default on,off.",
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="smol-774m", help="The model's preset; by default %(default)s."
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, help="Rows of a step, in one micro-batch; by default %(default)s."
+    )
+    parser.add_argument("--seq-len", type=int, help="Tokens in a row; by default the model's context.")
+    parser.add_argument(
+        "--decode-batch", type=int, default=64, help="Number of texts decoded at once; by default %(default)s."
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="Number of calls after the first; by default %(default)s."
+    )
+    parser.add_argument("--device", default="auto", help="Where to compute: auto, cuda or cpu.")
+    parser.add_argument("--json", type=user_path, help="Also write the rows to this file, as they come.")
     args = parser.parse_args(argv)
     for option, given, known in (("--only", args.only, PARTS), ("--systems", args.systems, SYSTEMS)):
         for name in given:

@@ -254,7 +254,7 @@ def input_options(case: Case, folder: str) -> Any:
     from train.data.options import DataOptions
 
     vocab = case.config.vocab_size
-    return DataOptions("python-docs", tokenizer="bpe", vocab_size=min(vocab, 8192), seq_len=case.seq_len)
+    return DataOptions(dataset="python-docs", tokenizer="bpe", vocab_size=min(vocab, 8192), seq_len=case.seq_len)
 
 
 def input_rate(case: Case) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch_ref.spec.interface import UserError
+from train.settings import Repeated, trajectory
 
 VALIDATION_NAME = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
@@ -23,43 +24,41 @@ class Dataset(NamedTuple):
     """Its share of the tokens is this over the sum of all."""
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """What `open_data` needs to know. Of several datasets, `dataset_config`, `dataset_revision` and `text_field` are
-    one for all or one for each; an empty one is none."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Text, tokens and rows."""
 
-    dataset: str | Sequence[str] = "HuggingFaceTB/smollm-corpus"
-    """`python-docs`, a file, folder or glob, or a name on the Hub; or several of these."""
-    dataset_weights: Sequence[float] = ()
-    """How many tokens of each, relative to the others; empty: as many of each."""
-    dataset_config: str | Sequence[str] | None = None
-    dataset_revision: str | Sequence[str] | None = None
-    """Of a Hub dataset; None: the newest when the run starts, kept from then on."""
-    text_field: str | Sequence[str] = "text"
+    # Of several datasets, `dataset_config`, `dataset_revision` and `text_field` are one for all or one for each; an
+    # empty one is none. One text stands for a tuple of it.
+    #
+    # Which text, in which order and as which tokens, is compared by content on resume (`Data.identity`), not by name:
+    # a run may go on where its files lie elsewhere.
+    dataset: Repeated = ("HuggingFaceTB/smollm-corpus",)
+    """Text to train on: python-docs, files, a folder, a glob (see docs/data.md), or a Hub name. Repeat it to mix."""
+    dataset_weights: tuple[float, ...] = ()
+    """How many tokens of each of several datasets, relative to the others. Default: as many of each."""
+    dataset_config: Repeated = ()
+    """Configuration of a Hub dataset. Default: cosmopedia-v2 for smollm-corpus, none for others."""
+    dataset_revision: Repeated = ()
+    """Revision of a Hub dataset. Default: the newest when the run starts, kept from then on."""
+    text_field: Repeated = ("text",)
+    """Column, key or nested field (doc.text) that holds text, a list of texts, or a chat (messages)."""
     document_bytes: int = 0
-    """Text files are cut into documents of at most so many bytes; 0: each is one."""
+    """Cut .txt and .md files into documents of at most so many bytes, at blank lines; 0: a file is a document."""
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"
-    """A folder, a name on the Hub, or `bpe`: trained on the corpus."""
-    vocab_size: int = 49152
-    """The model's: the size of a trained tokenizer, and the bound of any other."""
-    seq_len: int = 2048
-    batch_size: int = 8
-    """Rows of a batch."""
-    seed: int = 0
+    """A Hub name, a local folder, or bpe: byte-level, as large as the model's vocabulary, trained on the corpus."""
+    seq_len: int = trajectory(2048)
+    """Number of tokens in a row."""
     shuffle_window: int = 2048
-    """Documents shuffled together; 1 keeps the order of the source."""
-    validation_datasets: Sequence[str] = ()
-    """`NAME=FILES`: scored apart from the held-out rows, and not left out of them."""
+    """Documents that are shuffled among each other; 1 keeps their order."""
+    validation_dataset: Repeated = ()
+    """Files to score besides the held-out rows, with a curve of their own, as NAME=FILES. Repeat it for several."""
     validation_rows: int = 64
-    """Bound of the rows of each validation; 0 holds nothing out."""
+    """Rows at most that are scored of the held-out documents and of each validation dataset; 0 turns validation off."""
     validation_fraction: float = 0.02
-    """Of all documents, never trained on; the first of them, as many as fit, are the validation rows. 0: none."""
-    prefetch: int = 16
-    """Batches made ahead."""
+    """Share of all documents that is held out and never trained on; 0: none."""
     data_retries: int = 5
-    """Attempts after a failed one, before the run ends."""
-    retry_wait: float = 1.0
-    """Seconds before the first of them; doubled each time."""
+    """Further attempts when text cannot be read, with growing waits, before the run saves and ends."""
 
     def datasets(self) -> list[Dataset]:
         """Raises `UserError` naming the option whose values do not fit the number of datasets."""
@@ -81,7 +80,22 @@ class DataOptions:
 
     def validation_files(self) -> dict[str, str]:
         """Files by name. Raises `UserError` where one is not `NAME=FILES`."""
-        return named_files(self.validation_datasets)
+        return named_files(self.validation_dataset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(CorpusOptions):
+    """What `open_data` needs to know: the settings of text, tokens and rows, and what else of the run shapes them."""
+
+    vocab_size: int = 49152
+    """The model's: the size of a trained tokenizer, and the bound of any other."""
+    batch_size: int = 8
+    """Rows of a batch."""
+    seed: int = 0
+    prefetch: int = 16
+    """Batches made ahead."""
+    retry_wait: float = 1.0
+    """Seconds before the first of `data_retries`; doubled each time."""
 
 
 def named_files(values: Sequence[str]) -> dict[str, str]:

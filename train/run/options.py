@@ -14,24 +14,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import tomli_w
-import tyro
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
 from torch_ref.spec.storage import user_path
-from train.data.options import DataOptions
+from train.data.options import CorpusOptions, DataOptions
 from train.run.schedule import Schedule
-
-Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-"""A flag that is given once for each value; in TOML one text or a list of them."""
-
-
-def trajectory(default: Any) -> Any:
-    """A setting that a resumed run must share with its checkpoint."""
-    return dataclasses.field(default=default, metadata={"trajectory": True})
+from train.settings import Repeated, trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +31,7 @@ class RunOptions:
     """What to run, and where its files go."""
 
     preset: str = "smol-774m"
-    """Named settings to start from: tiny, small or smol-774m."""
+    """Named settings to start from: tiny, small, smol-774m or smol-774m-warm."""
     config: Path | None = None
     """TOML file of settings that override the preset's; a run's settings.toml is one."""
     run_dir: Path | None = None
@@ -53,7 +45,7 @@ class RunOptions:
     find_lr: bool = False
     """Before the first step, sweep learning rates, draw lr_finder.png, and train at the rate found."""
     seed: int = trajectory(0)
-    """Of initial weights, data order and samples."""
+    """Seed of initial weights, data order and samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +53,9 @@ class DeviceOptions:
     """How it is computed: speed and memory, the same numbers but for rounding."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto takes CUDA, then MPS (torch only), then the CPU."""
+    """Where to compute. auto: CUDA, then MPS (torch only), then the CPU."""
     mesh: str = "auto"
-    """Flax: how devices share the work, as in data=2,fsdp=4,expert=1; auto splits the weights over all (fsdp)."""
+    """How devices share the work in Flax, as in data=2,fsdp=4,expert=1. auto: all of them split the weights (fsdp)."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
     """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
     attention: str = "auto"
@@ -73,45 +65,11 @@ class DeviceOptions:
     remat: Literal["auto", "off", "experts", "layers"] = "auto"
     """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
     scan_layers: bool = True
-    """Flax: compile one layer and scan over the stack, instead of unrolling."""
+    """Whether Flax compiles one layer and scans over the stack, instead of unrolling."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch: train through compiled layers. auto: on for CUDA, where many small kernels become few; else off."""
+    """Whether torch compiles its layers for training. auto: on for CUDA, where many small kernels become few."""
     loss_chunk: int | Literal["auto"] = "auto"
     """Tokens whose logits exist at once. auto: 512 on a CPU, 4096 on a GPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
-    """Text, tokens and rows."""
-
-    # Which text, in which order and as which tokens, is compared by content on resume (`Data.identity`), not by name:
-    # a run may go on where its files lie elsewhere.
-    dataset: Repeated = ("HuggingFaceTB/smollm-corpus",)
-    """python-docs (comes with Python), files, a folder, a glob (see docs/data.md), or a Hub name. Repeat it to mix."""
-    dataset_weights: tuple[float, ...] = ()
-    """Of several datasets: how many tokens of each, relative to the others. Default: as many of each."""
-    dataset_config: Repeated = ()
-    """Configuration of a Hub dataset. Default: cosmopedia-v2 for smollm-corpus, none for others."""
-    dataset_revision: Repeated = ()
-    """Of a Hub dataset. Default: the newest when the run starts, kept from then on."""
-    text_field: Repeated = ("text",)
-    """Column, key or nested field (doc.text) that holds text, a list of texts, or a chat (messages)."""
-    document_bytes: int = 0
-    """Cut .txt and .md files into documents of at most so many bytes, at blank lines; 0: a file is a document."""
-    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"
-    """A Hub name, a local folder, or bpe: byte-level, as large as the model's vocabulary, trained on the corpus."""
-    seq_len: int = trajectory(2048)
-    """Tokens a row."""
-    shuffle_window: int = 2048
-    """Documents that are shuffled among each other; 1 keeps their order."""
-    validation_dataset: Repeated = ()
-    """NAME=FILES: files to score besides the held-out rows, with a curve of their own. Repeat it for several."""
-    validation_rows: int = 64
-    """Rows at most that are scored of the held-out documents and of each validation dataset; 0 turns validation off."""
-    validation_fraction: float = 0.02
-    """Of all documents, held out and never trained on; 0: none."""
-    data_retries: int = 5
-    """Further attempts when text cannot be read, with growing waits, before the run saves and ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,21 +85,21 @@ class TrainingOptions:
     micro_batch_size: int | Literal["auto"] = "auto"
     """Rows a device takes per forward pass; gradients accumulate. auto: 1 on a CPU, what the memory takes elsewhere."""
     learning_rate: float = trajectory(0.003)
-    """Peak, reached at the end of the warm-up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     warmup_steps: int = trajectory(500)
     """Steps of linear warm-up, at most the main phase; the first one uses learning-rate / warmup-steps."""
     final_lr_ratio: float = trajectory(0.1)
     """Learning rate at the end of the main phase and after it, as a part of the peak."""
     weight_decay: float = trajectory(0.01)
-    """Of AdamW, on matrices."""
+    """Weight decay of AdamW, on matrices only."""
     grad_clip: float = trajectory(1.0)
-    """Largest global gradient norm."""
+    """Largest global norm of the gradient; a larger one is scaled down to it."""
     beta1: float = trajectory(0.9)
-    """Of AdamW's first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = trajectory(0.95)
-    """Of AdamW's second moment."""
+    """Decay rate of AdamW's second moment."""
     eps: float = trajectory(1e-8)
-    """Of AdamW, outside the root."""
+    """Epsilon of AdamW, added outside the root."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient is not finite; such a step updates nothing."""
 
@@ -159,15 +117,15 @@ class CadenceOptions:
     patience: int = 0
     """Stop early after this many validations in a row without a better loss; 0 never does."""
     min_delta: float = 0.0
-    """By how much, in nats per token, a loss must beat the best to count as better."""
+    """How much better than the best, in nats per token, a validation loss must be to count as better."""
     sample_interval: int = 500
     """Steps between samples; 0 turns them off."""
     prompt: str = "Once upon a time"
-    """What samples continue."""
+    """The text that samples continue."""
     sample_tokens: int = 200
-    """Tokens a sample."""
+    """Number of tokens in a sample."""
     temperature: float = 0.8
-    """Of samples."""
+    """Temperature of samples: below 1 likely tokens get likelier, above 1 less so."""
     top_k: int = 50
     """Samples draw from this many likeliest tokens; 0 for all."""
     top_p: float = 0.95
@@ -183,7 +141,7 @@ class InstrumentOptions:
     wandb: bool = False
     """Report to Weights & Biases (pip install wandb)."""
     wandb_project: str = "smol-deepseek"
-    """Its project."""
+    """Name of the project at Weights & Biases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +176,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         for name in ("final_lr_ratio", "top_p"):
             self._require(0 < getattr(self, name) <= 1, name, "must be above 0 and at most 1")
         self._require(0 <= self.validation_fraction <= 1, "validation_fraction", "must be from 0 to 1")
-        self.data.datasets()
-        self.data.validation_files()
+        self.datasets()
+        self.validation_files()
         self._require(
             self.batch_size % self.rows_per_pass == 0,
             "batch_size",
@@ -323,22 +281,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     @property
     def data(self) -> DataOptions:
         return DataOptions(
-            dataset=self.dataset,
-            dataset_weights=self.dataset_weights,
-            dataset_config=self.dataset_config,
-            dataset_revision=self.dataset_revision,
-            text_field=self.text_field,
-            document_bytes=self.document_bytes,
-            tokenizer=self.tokenizer,
+            **vars(_part(self, CorpusOptions)),
             vocab_size=self.model.vocab_size,
-            seq_len=self.seq_len,
             batch_size=self.batch_size,
             seed=self.seed,
-            shuffle_window=self.shuffle_window,
-            validation_datasets=self.validation_dataset,
-            validation_rows=self.validation_rows,
-            validation_fraction=self.validation_fraction,
-            data_retries=self.data_retries,
         )
 
     def sampling(self, stop_token: int | None) -> Sampling:

@@ -19,9 +19,9 @@ class WarmStartOptions:
     source: Annotated[str, tyro.conf.arg(name="from")]
     """The old model: a GGUF file, a transformers folder, or a Hub name such as HuggingFaceTB/SmolLM2-135M."""
     out: Path
-    """New folder for the model."""
+    """A new folder for the model."""
     preset: str = "smol-774m-warm"
-    """Sizes of the new model."""
+    """The preset that gives the new model's sizes."""
     tokenizer: str | None = None
     """Folder or Hub name of the tokenizer; it must have the old model's entries. Default: the old model's own."""
     dataset: str = "python-docs"
@@ -31,39 +31,39 @@ class WarmStartOptions:
     text_field: str = "text"
     """Column or key of the datasets that holds the text."""
     seq_len: int = 512
-    """Tokens of a row in the fits."""
+    """Number of tokens in a row of the fits."""
     fit_rows: int = 64
-    """Rows that the attention layers are fitted on."""
+    """Number of rows that the attention layers are fitted on."""
     fit_steps: int = 60
-    """AdamW steps a layer; 0 keeps the closed form."""
+    """AdamW steps to fit each layer; 0 keeps the closed form."""
     fit_batch: int = 4
-    """Rows a step."""
+    """Rows in each step of the fits."""
     fit_learning_rate: float = 0.002
-    """Peak."""
+    """Peak learning rate of the fits."""
     distill_steps: int = 80
     """Steps of the whole dense model towards the old model's predictions; 0 leaves it as the layers were fitted."""
     distill_batch: int = 2
-    """Rows a step; all rows are new."""
+    """Rows in each step of the distillation; all rows are new."""
     distill_learning_rate: float = 0.0002
-    """Peak, of attention and norms."""
+    """Peak learning rate of attention and norms in the distillation."""
     distill_mlp_learning_rate: float = 0.0
-    """Peak, of MLPs; 0 leaves them as they are."""
+    """Peak learning rate of MLPs in the distillation; 0 leaves them as they are."""
     distill_text_weight: float = 0.0
     """Weight of the text's own next token against the old model's predictions: 0 imitates, 1 only learns the text."""
     diversity: float = 0.0
     """Share of each routed expert's units that are drawn anew; 0 keeps the dense model's function exactly."""
     measure_tokens: int = 16384
-    """Of each text, at most."""
+    """Number of tokens to measure on, at most, of each text."""
     measure_lengths: tuple[int, ...] = (512, 2048)
     """Row lengths at which losses are measured."""
     validation_fraction: float = 0.1
-    """Of the dataset's documents, held out."""
+    """Share of the dataset's documents that is held out to measure on."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Of the distillation's forward and backward passes."""
+    """Precision of the distillation's forward and backward passes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the tensors written."""
+    """Precision of the tensors that are written."""
     seed: int = 0
-    """Of row order, router and diversity."""
+    """Seed of row order, router and diversity."""
 
 
 def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
