@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from flax_model.attention import Attention
+from flax_model.cpu import as_bits, bits, materialized, read, tied
 from flax_model.layers import SwiGLU, wide
 from flax_model.model import Block, Model, Tree, merge, split
 from flax_model.moe import Experts, Routing, count_experts
@@ -90,8 +91,7 @@ def decode(
     slots = jnp.arange(cache.shape[3])
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
-    # Tied to the token, so that XLA does not widen a bfloat16 embedding ahead of the loop that this runs in.
-    embedding, token = jax.lax.optimization_barrier((model.embed_tokens.weight[...], token))
+    embedding, token = tied(model.embed_tokens.weight[...], token)
     x = embedding[token].astype(compute.dtype)
     first = 0
     for stacked, weights in zip(stacks(model), absorbed, strict=True):
@@ -114,40 +114,6 @@ def decode(
         x, cache = jax.lax.fori_loop(0, layers, one_layer, (x, cache))
         first += layers
     return wide(materialized(model.norm(x), step) @ embedding.astype(x.dtype).T), cache
-
-
-def as_bits(params: Tree) -> Tree:
-    """Parameters with the weights of layers as `bits`: views of them, where a compiled function would copy each."""
-
-    def view(leaf: Array) -> Array:
-        return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding) if needs_bits(leaf) else leaf
-
-    whole = ("embed_tokens", "norm")
-    return {name: tree if name in whole else jax.tree.map(view, tree) for name, tree in params.items()}
-
-
-def bits(x: Array) -> Array:
-    """A bfloat16 array as integers of the same bits, for `read`, and others as they are. XLA's CPU backend has no slice
-    of 16-bit floats: it would widen the whole array, for weights ahead of the loop over tokens, and read twice the
-    bytes."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if needs_bits(x) else x
-
-
-def needs_bits(x: Array) -> bool:
-    return jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
-
-
-def read(array: Array, *index: Int[Array, ""]) -> Array:
-    """array[index] of what has passed `bits`."""
-    part = array[index]
-    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == jnp.uint16 else part
-
-
-def materialized(x: Float[Array, "batch features"], step: Int[Array, ""]) -> Float[Array, "batch features"]:
-    """`x` unchanged, as an array of its own. XLA's CPU backend fuses a cheap computation of `x` (a product of two
-    numbers, a transposition) into the product of one row with a weight that reads it, and so repeats it for every row
-    of the weight. It takes a division for dear; and that this one is by 1, since `step` >= 0, it cannot know."""
-    return x / (jnp.arange(x.shape[-1]) >= -step).astype(x.dtype)
 
 
 def stacks(model: Model) -> list[Block]:

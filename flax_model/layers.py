@@ -14,12 +14,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from flax_model.cpu import linear
+
 Stack = tuple[int, ...]
 
 
 def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` in float32, or in float64 where it already is: the dtype of norms, routing, softmax and losses."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def product(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "*batch outputs"]:
+    """x @ weight.T in the dtype of `x`."""
+    return linear(x, weight.astype(x.dtype))
 
 
 def wide_product(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Array:
@@ -44,13 +51,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs)))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        weight = self.weight[...].astype(x.dtype)
-        if x.ndim == 2:
-            # Decoding (`generate.py`): XLA's CPU backend reads a slice of stacked weights in place for one row; for
-            # more it takes a copy, which the product reads fastest from the left.
-            return x @ weight.T if len(x) == 1 else (weight @ x.T).T
-        # As x @ weight.T, but the backward pass then keeps the weight itself, not a transposed copy.
-        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        return product(x, self.weight[...])
 
 
 class RMSNorm(nnx.Module):

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_ref.layers import Linear, RMSNorm, for_product, wide
+from torch_ref.cpu import operand
+from torch_ref.layers import Linear, RMSNorm, wide
 from torch_ref.rotary import Rope, apply_rope
 from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
 
@@ -47,7 +48,7 @@ def attend_sdpa(
     """The same by torch's fused kernels, which want one head size: v is padded with zeros, and the pad cut off."""
     v_head_dim, dtype = v.shape[-1], q.dtype
     v = F.pad(v, (0, q.shape[-1] - v_head_dim))
-    q, k, v = (for_product(x).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (operand(x).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)[..., :v_head_dim].to(dtype)
 

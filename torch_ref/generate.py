@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_ref.attention import Attention
-from torch_ref.layers import RMSNorm, for_product, product, wide
+from torch_ref.cpu import operand
+from torch_ref.layers import RMSNorm, product, wide
 from torch_ref.model import Block, Model
 from torch_ref.moe import EXPERT_PATHS, Experts, Routing
 from torch_ref.rotary import Rope, apply_rope, make_rope
@@ -90,7 +91,7 @@ def decode(
         width = min(-(-width // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
     slots = torch.arange(width, device=token.device)
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
-    mask = for_product(torch.zeros_like(visible, dtype=dtype)).masked_fill(~visible, float("-inf"))[:, None]
+    mask = operand(torch.zeros_like(visible, dtype=dtype)).masked_fill(~visible, float("-inf"))[:, None]
     rope = Rope(table.cos[lengths + step], table.sin[lengths + step])
     x = F.embedding(token.long(), model.embed_tokens.weight).to(dtype)
     for layer, block, weights in zip(cache, model.layers, absorbed, strict=True):
@@ -175,9 +176,9 @@ def attend_latents(
     rotary = apply_rope(rotary, rope)
     cache[:, slot] = torch.cat((absorbed.latent_norm(latent[:, -1]), rotary[:, -1]), dim=-1)
     q = torch.cat((latent[:, :-1], rotary[:, :-1]), dim=-1)
-    entries = for_product(cache)
-    probabilities = wide(torch.baddbmm(mask, for_product(q), entries.transpose(1, 2))).softmax(-1).to(x.dtype)
-    latent = for_product(probabilities) @ entries[..., : c.kv_lora_rank]
+    q, entries = operand(q), operand(cache)
+    probabilities = wide(torch.baddbmm(mask, q, entries.transpose(1, 2))).softmax(-1).to(x.dtype)
+    latent = operand(probabilities) @ entries[..., : c.kv_lora_rank]
     return product(latent.flatten(1).to(x.dtype), absorbed.out)
 
 

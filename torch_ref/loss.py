@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_ref.layers import for_product, wide
+from torch_ref.cpu import operand
+from torch_ref.layers import wide
 from torch_ref.spec.interface import IGNORE
 
 
@@ -33,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, embedding, targets, chunk, recording):
         # `needs_input_grad` alone is true of parameters under `no_grad` too, where no backward pass will come.
         needs_gradient = recording and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
-        weight = for_product(embedding.to(hidden.dtype))
+        states, weight = operand(hidden), operand(embedding.to(hidden.dtype))
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         if needs_gradient:
             hidden_gradient = torch.empty_like(hidden)
@@ -43,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[part].long()
             scored = target != IGNORE
             column = target.clamp(min=0)[:, None]
-            rows = for_product(hidden[part])
+            rows = states[part]
             logits = wide((rows @ weight.T).to(hidden.dtype))
             normaliser = logits.logsumexp(-1)
             total += torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()
@@ -51,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient = logits.sub_(normaliser[:, None]).exp_()
                 gradient.scatter_add_(1, column, -torch.ones_like(column, dtype=gradient.dtype))
                 gradient.mul_(scored[:, None])
-                gradient = for_product(gradient.to(hidden.dtype))
+                gradient = operand(gradient.to(hidden.dtype))
                 hidden_gradient[part] = gradient @ weight
                 if embedding.dtype == gradient.dtype:
                     embedding_gradient.addmm_(gradient.T, rows)
@@ -85,9 +86,9 @@ def row_losses(
     chunk: int = 512,
 ) -> Float[Tensor, " batch"]:
     """`cross_entropy` of each row by itself, for scoring: a gradient through it would keep all logits."""
-    weight = for_product(embedding.to(hidden.dtype))
+    weight = operand(embedding.to(hidden.dtype))
     losses = []
-    for states, scored in zip(hidden.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
-        logits = wide((for_product(states) @ weight.T).to(hidden.dtype))
+    for states, scored in zip(operand(hidden).flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
+        logits = wide((states @ weight.T).to(hidden.dtype))
         losses.append(token_losses(logits, scored))
     return torch.cat(losses).view(targets.shape).sum(1)

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_ref.layers import SwiGLU, for_product, product, wide
+from torch_ref.cpu import operand
+from torch_ref.layers import SwiGLU, product, wide
 from torch_ref.spec.config import ModelConfig
 
 BLOCK = 64
@@ -215,7 +216,7 @@ def grouped_outer(
     elif out.dtype == left.dtype:
         torch.mm(left.T, right, out=out[0])
     else:
-        out[0] = for_product(left).T @ for_product(right)
+        out[0] = operand(left).T @ operand(right)
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:

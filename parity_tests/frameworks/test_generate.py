@@ -345,6 +345,7 @@ def test_flax_decoding_copies_no_weights(dtype):
     import jax.numpy as jnp
 
     from flax_model import generate
+    from flax_model.cpu import as_bits
     from flax_model.model import from_values
 
     config = replace(CONFIG, hidden_size=128, moe_intermediate_size=1024, vocab_size=2048)
@@ -356,7 +357,7 @@ def test_flax_decoding_copies_no_weights(dtype):
     progress = generate._start(graphdef, params, biases, tokens, lengths, 16, compute)
     absorbed = generate._absorb(graphdef, params, biases, dtype)
     settings = {"limit": 16, "prompt": 16, "sampling": replace(GREEDY, max_new_tokens=16), "compute": compute}
-    weights = generate.as_bits(params)
+    weights = as_bits(params)
     for ours, whole in zip(jax.tree.leaves(weights), jax.tree.leaves(params), strict=True):
         assert ours.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer()
     program = generate._run.lower(

@@ -46,7 +46,7 @@ def trained(dtype, compile, steps=2, **compute):
 def test_a_layer_is_compiled_whole_and_once_for_all_layers(tracing, monkeypatch, remat):
     """With the grouped kernels, as on CUDA: no break in a layer, one graph for each kind of layer, the same bits."""
     monkeypatch.setattr(moe, "_all_at_once", lambda x, gate: True)
-    monkeypatch.setattr("torch_ref.layers.HALF_PRODUCTS_ON_CPU", True)
+    monkeypatch.setattr("torch_ref.cpu.HALF_PRODUCTS", True)
     expected, reports = trained("bfloat16", "off", remat=remat)
     compiled, compiled_reports = trained("bfloat16", "on", remat=remat)
     assert compiled.compute.compile == "on"

@@ -383,7 +383,7 @@ def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
 def test_split_product(rows, outputs, parts, transposed):
     """Parts for the cores: the same values as one product, also where the outputs do not divide."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from torch_ref.layers import split_product
+    from torch_ref.cpu import split_product
 
     draw = np.random.default_rng(0).standard_normal
     x, weight = draw((rows, 7)), draw((7, outputs)).T if transposed else draw((outputs, 7))
@@ -397,16 +397,16 @@ def test_split_product(rows, outputs, parts, transposed):
 def test_products_are_split_where_one_core_would_take_them(monkeypatch, dtype, rows, one_core):
     """On any processor: the same values either way, and split are few rows that MKL multiplies."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from torch_ref import layers
+    from torch_ref import cpu, layers
 
     split = []
-    monkeypatch.setattr(layers, "ONE_CORE_PRODUCTS", one_core)
-    monkeypatch.setattr(layers, "split_product", lambda x, weight, parts: split.append(parts) or x @ weight.T)
+    monkeypatch.setattr(cpu, "ONE_CORE_PRODUCTS", one_core)
+    monkeypatch.setattr(cpu, "split_product", lambda x, weight, parts: split.append(parts) or x @ weight.T)
     draw = np.random.default_rng(0).standard_normal
     x, weight = (torch.from_numpy(draw(shape)).to(getattr(torch, dtype)) for shape in ((rows, 8), (6, 8)))
     out = layers.product(x, weight)
     tolerance = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 2e-2}[dtype]
     np.testing.assert_allclose(out.double(), x.double() @ weight.double().T, rtol=tolerance, atol=tolerance)
     assert out.dtype == x.dtype
-    wanted = one_core and rows < layers.FEW_ROWS and dtype != "bfloat16"
+    wanted = one_core and rows < cpu.FEW_ROWS and dtype != "bfloat16"
     assert split == ([torch.get_num_threads()] if wanted else [])

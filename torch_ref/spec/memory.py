@@ -4,7 +4,6 @@ frameworks use.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,6 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import count_parameters
 
 Remat = Literal["off", "experts", "layers"]
-
-LARGE_BLOCK = 4 * 2**20
-"""Bytes; see `return_freed_blocks`."""
 
 MARGIN = 1.1
 """Estimates are multiplied by this: allocators keep some memory, and buffers overlap at the peak."""
@@ -84,17 +80,6 @@ def choose_remat(
         if step_bytes(config, dtype, micro_batch_size, seq_len, micro_batches, remat, mesh) <= available:
             return remat
     return "layers"
-
-
-def return_freed_blocks() -> None:
-    """Make the C library's allocator, if it is glibc's, hand blocks of `LARGE_BLOCK` and more back to the system when
-    they are freed, from now on in this process. By default it keeps blocks of up to 32 MB once it has met such sizes;
-    freed activations then leave holes that gradients do not fit into."""
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-    try:
-        ctypes.CDLL(None).mallopt(mmap_threshold, LARGE_BLOCK)
-    except (AttributeError, OSError, TypeError):
-        pass  # another C library
 
 
 def host_memory_available() -> int | None:
