@@ -33,8 +33,10 @@ def build(options: Options) -> tuple[Options, Backend]:
         jax.config.update("jax_enable_x64", True)  # before anything is computed
 
     from flax_model.backend import FlaxBackend
+    from flax_model.compile_cache import keep_compiled_programs
     from flax_model.device import available_memory, default_dtype, resolve_device
 
+    keep_compiled_programs()
     device = resolve_device(options.device)
     devices = jax.device_count(device.platform)
     options = settle(options, default_dtype(device), available_memory(device), devices, device.platform == "gpu")

@@ -134,11 +134,13 @@ def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple
 def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
     import jax
 
+    from flax_model.compile_cache import keep_compiled_programs
     from flax_model.device import default_dtype, describe, resolve_compute, resolve_device
     from flax_model.generate import cast_weights, generate
     from flax_model.loss import row_losses
     from flax_model.model import from_values, merge
 
+    keep_compiled_programs()
     place = resolve_device(device)
     compute = ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype)
     compute = resolve_compute(compute, place, state.model_config)

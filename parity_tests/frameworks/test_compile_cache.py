@@ -1,0 +1,41 @@
+"""What is compiled is kept for the next process, where it can be, and comes out as it went in."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("flax", reason="Flax is not installed")
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from flax_model.compile_cache import keep_compiled_programs
+keep_compiled_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
+value = jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.arange(64.0).reshape(8, 8))
+print(jax.config.jax_compilation_cache_dir, events.count("cache_hits"), float(value).hex())
+"""
+
+
+def run(**variables: str) -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_the_next_process_finds_what_was_compiled(tmp_path):
+    first, second = (run(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
+    assert first[0] == second[0] == str(tmp_path / "smol-deepseek/jax")
+    assert int(first[1]) == 0 < int(second[1]) and first[2] == second[2]
+    assert any((tmp_path / "smol-deepseek/jax").iterdir())
+
+
+def test_another_folder_and_none(tmp_path):
+    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[0] == str(tmp_path / "own")
+    (tmp_path / "file").write_text("")
+    assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[:2] == ["None", "0"]
