@@ -1,8 +1,8 @@
 """What XLA compiled, kept for the next process: a run that goes on, or the next text, starts in a fraction of the time.
 
-JAX does it (`jax_compilation_cache_dir`), under a key of the program, its own version and the processor or card, so that
-what comes out is what was compiled. JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
-keeps nothing.
+JAX does it (`jax_compilation_cache_dir`), under a key of the program, its own version and the processor or card, so
+that what comes out is what was compiled. JAX_COMPILATION_CACHE_DIR names another folder, and
+JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 from __future__ import annotations
