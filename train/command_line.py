@@ -39,9 +39,16 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     early.add_argument("--config", type=user_path)
     early.add_argument("--init-from", type=user_path)
     early.add_argument("--resume-from", type=user_path)
+    early.add_argument("--steps", nargs="?")  # without a value: tyro says what is wrong
+    early.add_argument("--tokens", nargs="?")
     argv = [_hyphenated(word) for word in argv]
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
+    for source, given in (("--tokens", vars(chosen)), (str(chosen.config), file_values)):
+        if given.get("tokens") is not None and given.get("steps") is not None:
+            raise UserError(f"{source}: tokens and steps both set the length of the main phase; give one of them")
+    if chosen.steps is not None:
+        file_values.pop("tokens", None)
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
     if chosen.init_from:
         values["model"] = config_of(chosen.init_from)  # sizes given below must then agree, or `read_start` refuses

@@ -255,6 +255,54 @@ def test_more_extended_steps_go_on_from_a_complete_run(straight: Stage) -> None:
     assert "step_final_17.npz" in straight.files("checkpoints")
 
 
+WSD = {"lr_schedule": "wsd", "decay_steps": 4, "steps": 12, "extended_steps": 0, "keep_checkpoints": 1}
+
+
+def test_a_run_with_a_stable_phase_is_extended_exactly(stage: Stage, tmp_path: Path) -> None:
+    long = Stage(tmp_path / "long")
+    long.train(**WSD | {"steps": 18})
+    stage.train(**WSD)
+    assert {"step_8.npz", "step_final_12.npz"} <= set(stage.files("checkpoints")), "the end of the stable phase is kept"
+    with pytest.raises(
+        UserError, match=r"--steps was 12, now 18.*decay has begun.*from 0\.01 to 0\.1 at step 13.*step 8"
+    ):
+        stage.train(**WSD | {"steps": 18})
+    branch = Stage(tmp_path / "branch")
+    branch.train(**WSD | {"steps": 18}, resume_from=stage.run_dir / "checkpoints" / "step_8.npz")
+    assert "changed since the checkpoint: --steps was 12, now 18" in branch.text
+    assert branch.losses() == long.losses()[8:]
+    assert branch.records("step")[-1]["learning_rate"] == pytest.approx(0.01)
+    assert "step_14.npz" in branch.files("checkpoints")
+
+
+def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_path: Path) -> None:
+    long = Stage(tmp_path / "long")
+    long.train(**WSD | {"steps": 18})
+    stage.prepare(small_options(**WSD))
+    stage.backend.before_step = kill_at(signal.SIGTERM, 6)
+    assert stage.train() == 128 + signal.SIGTERM
+    assert stage.train(**WSD | {"steps": 18}) == COMPLETE
+    assert stage.losses() == long.losses()
+
+
+def test_a_linear_schedule_says_why_it_is_not_extended(straight: Stage) -> None:
+    with pytest.raises(
+        UserError, match=r"--steps was 12, now 24.*jump from 0\.01 to 0\.0\d+ at step 16; more --extended"
+    ):
+        straight.train(steps=24)
+
+
+def test_checkpoints_from_before_the_schedules_are_linear(straight: Stage) -> None:
+    path = straight.run_dir / "checkpoints" / "step_final_15.npz"
+    with np.load(path) as stored:
+        values = dict(stored)
+    meta = json.loads(str(values["meta"]))
+    for name in ("lr_schedule", "decay_steps"):
+        del meta["options"][name]
+    np.savez(path, **values | {"meta": json.dumps(meta)})
+    assert straight.train(extended_steps=5) == COMPLETE
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

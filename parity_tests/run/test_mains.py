@@ -162,6 +162,17 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     assert losses[0] == losses[1]
 
 
+def test_a_stable_phase_is_extended_bit_for_bit(settings: Path, framework: str) -> None:
+    command = ("--config", str(settings), "--lr-schedule", "wsd", "--decay-steps", "2", "--sample-interval", "0")
+    assert train(framework, *command, "--steps", "8", "--run-dir", "long") == 0
+    assert train(framework, *command, "--run-dir", "short") == 0
+    assert train(framework, *command, "--steps", "8", "--run-dir", "short") == 2, "its rate has fallen"
+    suffix = {"flax": "", "torch": ".pt"}[framework]
+    branch = ("--resume-from", f"short/checkpoints/step_4{suffix}", "--run-dir", "branch")
+    assert train(framework, *command, "--steps", "8", *branch) == 0
+    assert numbers("branch") == numbers("long")[4:] and len(numbers("branch")) == 6
+
+
 @pytest.mark.parametrize(
     ("framework", "number", "code"), [("flax", signal.SIGINT, 130), ("torch", signal.SIGTERM, 143)]
 )

@@ -134,6 +134,10 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--preset", "large"], "--preset large: there are small, smol-774m,"),
         (["--config", "absent.toml"], "--config absent.toml: No such file"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--tokens", "many"], "--tokens many: must be a number such as 200M"),
+        (["--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--decay-steps", "9"], "--decay-steps 9: only --lr-schedule wsd"),
+        (["--lr-schedule", "wsd", "--decay-steps", "20000"], "--decay-steps 20000: must be from 1 to --steps 10000"),
         (["--extended-steps", "-1"], "--extended-steps -1: must not be negative"),
         (["--learning-rate", "nan"], "--learning-rate nan: must be a number above 0"),
         (["--learning-rate", "inf"], "--learning-rate inf"),
@@ -164,6 +168,25 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
 )
 def test_impossible_flags_are_refused_by_name(argv: list[str], named: str) -> None:
     assert named in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [("1M", 62), ("16384", 1), ("16385", 2), ("0.5m", 31), ("2_000_000", 123)]
+)
+def test_a_token_budget_is_the_length_of_the_main_phase(tokens: str, steps: int) -> None:
+    options = read("--tokens", tokens, "--warmup-steps", "1")
+    assert options.batch_size * options.seq_len == 16384
+    assert options.steps == steps and options.tokens is None
+
+
+def test_a_token_budget_in_a_file_gives_way_to_steps(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('tokens = "1M"')
+    assert read("--config", str(file)).steps == 62
+    assert read("--config", str(file), "--steps", "7").steps == 7
+    file.write_text("tokens = 32768")
+    assert read("--config", str(file)).steps == 2
+    assert "give one of them" in refusal("--tokens", "1M", "--steps", "7")
 
 
 def test_a_batch_may_be_smaller_than_a_micro_batch() -> None:

@@ -41,6 +41,25 @@ def test_a_warm_up_longer_than_the_main_phase_is_cut() -> None:
     ] * 2
 
 
+def test_warm_up_stable_decay() -> None:
+    rates = [Schedule(1.0, 4, 20, decay_steps=5)(step) for step in range(23)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:15] == [1.0] * 12
+    assert rates[15:20] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1], rel=1e-14)
+    assert rates[20:] == pytest.approx([0.1] * 3, rel=1e-15)
+
+
+def test_a_longer_run_has_the_same_rates_until_the_shorter_one_decays() -> None:
+    steps = np.arange(15)
+    short, long = Schedule(0.01, 4, 20, decay_steps=5), Schedule(0.01, 4, 200, decay_steps=50)
+    assert np.array_equal(short(steps), long(steps)) and short(15) < long(15)
+
+
+def test_a_decay_as_long_as_the_main_phase_is_the_linear_schedule() -> None:
+    steps = np.arange(30)
+    assert np.array_equal(Schedule(0.01, 4, 20, decay_steps=20)(steps), Schedule(0.01, 4, 20)(steps))
+
+
 def test_numpy() -> None:
     steps = np.arange(10_100)
     assert FULL(steps).dtype == np.float64

@@ -33,6 +33,7 @@ from train.data.corpus import DataError, compare_identity
 from train.data.feed import HELD_OUT, Data, Validation
 from train.data.packing import Batch
 from train.plot import plot_runs
+from train.run.extension import LENGTH, extends, why_not
 from train.run.lr_finder import find_learning_rate
 from train.run.options import Options, flag, trajectory_differences
 from train.run.overview import overview, require_disk
@@ -110,7 +111,7 @@ class Run:
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
                         # Last: a run that goes on from this checkpoint says nothing of the step again.
-                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_main_phase:
+                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_a_phase:
                             self.save()
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
@@ -144,6 +145,10 @@ class Run:
     @property
     def ends_main_phase(self) -> bool:
         return self.step == self.options.steps
+
+    @property
+    def ends_a_phase(self) -> bool:
+        return self.step in (self.options.steps, self.options.stable_steps)
 
     @property
     def phase(self) -> str:
@@ -196,15 +201,23 @@ class Run:
         chosen = [name for name in self.automatic if name in meta.get("automatic", self.automatic)]
         decided = {name: stored.get(name) for name in chosen if stored.get(name) != now[name]}
         stored = stored | {name: now[name] for name in chosen}
+        extended = []
+        if extends(stored, self.options, self.step):
+            extended = [name for name in LENGTH if stored[name] != now[name]]
+        told = [f"{flag(name)} was {stored[name]}, now {now[name]}" for name in extended]
+        stored = stored | {name: now[name] for name in extended}
         differences = trajectory_differences(stored, now)
         data_differences = compare_identity(meta["data"], self.data.identity)
         differences += [message for severity, message in data_differences if severity == "refuse"]
         if differences and not self.options.allow_changed_settings:
+            why = why_not(stored, self.options, self.step, checkpoint.parent)
             raise UserError(
-                f"{checkpoint}: {'; '.join(differences)}: that would change the run; take the former settings, another "
-                "--run-dir, or --allow-changed-settings"
+                f"{checkpoint}: {'; '.join(differences)}: that would change the run{why}; take the former settings, "
+                "another --run-dir, or --allow-changed-settings"
             )
-        told = [f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"]
+        told += [
+            f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"
+        ]
         self.changes = told + differences + [message for severity, message in data_differences if severity == "warn"]
         self.progress = Progress(**meta["progress"])
         self.saved_step = self.step if checkpoint in [path for _, path in own] else None
@@ -226,8 +239,10 @@ class Run:
     def _announce_phase(self) -> None:
         options = self.options
         if self.step < options.steps:
+            stable = options.stable_steps
             self.log.say(
                 f"Main phase: steps {self.step + 1} to {options.steps}, learning rate up to {options.learning_rate:g}"
+                f"{f', which decays after step {stable}' if stable else ''}"
             )
         elif self.step < options.total_steps:
             rate = options.schedule(options.steps)
@@ -370,8 +385,9 @@ class Run:
         self.log.say(f"Checkpoint saved to: {self.under_way}\n{RULE}")
         self.under_way = None
         if self.options.keep_checkpoints:
-            for _, old in self.backend.find(self.checkpoints)[: -self.options.keep_checkpoints]:
-                self.backend.delete(old)
+            for step, old in self.backend.find(self.checkpoints)[: -self.options.keep_checkpoints]:
+                if step != self.options.stable_steps:  # from there the run can be extended
+                    self.backend.delete(old)
 
     def settle_save(self) -> None:
         """Wait for the checkpoint under way; what went wrong with it is raised here."""

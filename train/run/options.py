@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -78,6 +79,8 @@ class TrainingOptions:
 
     steps: int = trajectory(10_000)
     """Optimizer steps of the main phase, over which the learning rate rises and falls."""
+    tokens: int | str | None = None
+    """Length of the main phase in tokens, in place of --steps: 200M, 1.5B or a plain number; rounded up to a step."""
     extended_steps: int = 100
     """Further steps at the final learning rate."""
     batch_size: int = trajectory(8)
@@ -88,6 +91,10 @@ class TrainingOptions:
     """Peak learning rate, reached at the end of the warm-up."""
     warmup_steps: int = trajectory(500)
     """Steps of linear warm-up, at most the main phase; the first one uses learning-rate / warmup-steps."""
+    lr_schedule: Literal["linear", "wsd"] = trajectory("linear")
+    """Course of the learning rate. wsd (warm-up, stable, decay) allows a run to be extended: docs/long_runs.md."""
+    decay_steps: int | Literal["auto"] = trajectory("auto")
+    """Steps at the end of the main phase in which wsd lets the rate fall. auto: a fifth of the main phase."""
     final_lr_ratio: float = trajectory(0.1)
     """Learning rate at the end of the main phase and after it, as a part of the peak."""
     weight_decay: float = trajectory(0.01)
@@ -157,6 +164,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
                 object.__setattr__(self, name, user_path(value))
             elif name in REPEATED:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.tokens is not None:
+            # Only another way to give `steps`: kept, it would hide a later --steps.
+            object.__setattr__(self, "steps", -(-self._token_count() // max(self.batch_size * self.seq_len, 1)))
+            object.__setattr__(self, "tokens", None)
         at_least_one = (
             "steps batch_size rows_per_pass seq_len tokens_per_chunk shuffle_window checkpoint_interval sample_tokens "
             "max_skipped_steps"
@@ -171,6 +182,9 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in "learning_rate grad_clip eps temperature".split():
             self._require(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
+        if self.decay_steps != "auto":
+            self._require(self.lr_schedule == "wsd", "decay_steps", "only --lr-schedule wsd holds the rate before it")
+            self._require(1 <= self.decay_steps <= self.steps, "decay_steps", f"must be from 1 to --steps {self.steps}")
         for name in ("beta1", "beta2"):
             self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         for name in ("final_lr_ratio", "top_p"):
@@ -215,6 +229,13 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     def _require(self, condition: bool, name: str, rule: str) -> None:
         if not condition:
             raise UserError(f"{flag(name)} {getattr(self, name)}: {rule}")
+
+    def _token_count(self) -> int:
+        number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", str(self.tokens).replace("_", ""), re.IGNORECASE)
+        self._require(number is not None, "tokens", "must be a number such as 200M, 1.5B or 50000000")
+        count = round(float(number[1]) * 1000 ** " KMBT".index(number[2].upper() or " "))
+        self._require(count >= 1, "tokens", "must be at least 1")
+        return count
 
     @property
     def total_steps(self) -> int:
@@ -265,7 +286,14 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.learning_rate, self.warmup_steps, self.steps, self.final_lr_ratio)
+        decay = -(-self.steps // 5) if self.decay_steps == "auto" else self.decay_steps
+        decay = decay if self.lr_schedule == "wsd" else None
+        return Schedule(self.learning_rate, self.warmup_steps, self.steps, self.final_lr_ratio, decay)
+
+    @property
+    def stable_steps(self) -> int | None:
+        """Steps until the decay begins, from where the run can be extended; None of a schedule without such a phase."""
+        return self.schedule.decay_begins if self.lr_schedule == "wsd" else None
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -331,7 +359,8 @@ def trajectory_differences(stored: dict[str, Any], now: dict[str, Any]) -> list[
     for field in dataclasses.fields(Options):
         if not field.metadata.get("trajectory"):
             continue
-        before, after = stored.get(field.name), now.get(field.name)
+        # A setting that came later than the checkpoint: the default is what there was before.
+        before, after = stored.get(field.name, field.default), now.get(field.name, field.default)
         pairs = {field.name: (before, after)}
         if isinstance(before, dict) and isinstance(after, dict):
             pairs = {name: (before.get(name), after.get(name)) for name in sorted(before | after)}

@@ -40,10 +40,12 @@ def own_validations(data: Data) -> str:
 def disk_estimate(options: Options, run_dir: Path) -> str:
     """The space that all checkpoints will take, weights and two moments each, and whether the disk has it."""
     boundaries = {*range(0, options.total_steps, options.checkpoint_interval), options.steps, options.total_steps}
+    boundaries |= {options.stable_steps or 0}
     checkpoints = len(boundaries - {0})
     if options.keep_checkpoints:
         # The oldest one goes when the new one is whole.
-        checkpoints = min(checkpoints, options.keep_checkpoints + 1)
+        kept = options.keep_checkpoints + (options.stable_steps is not None)
+        checkpoints = min(checkpoints, kept + 1)
     best = options.eval_interval > 0 and options.validates
     weights = count_parameters(options.model) * (8 if options.dtype == "float64" else 4)
     needed = weights * (3 * (checkpoints + 2 * best) + 1)
