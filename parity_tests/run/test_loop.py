@@ -285,6 +285,47 @@ def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_pat
     assert stage.losses() == long.losses()
 
 
+@pytest.fixture
+def minutes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that shows what the list's one number says."""
+    now = [0.0]
+    monkeypatch.setattr("train.run.clock.monotonic", lambda: 60 * now[0])
+    return now
+
+
+def test_a_run_stops_when_its_time_is_up_and_goes_on(stage: Stage, straight: Stage, minutes: list[float]) -> None:
+    for steps in (4, 8, 12):
+        stage.prepare(small_options(max_minutes=4))
+        stage.backend.before_step = lambda _: minutes.__setitem__(0, minutes[0] + 1)
+        assert stage.train() == COMPLETE
+        assert stage.records("end") == [{"kind": "end", "step": steps, "state": "time is up"}]
+        assert f"Stopped after step {steps}: --max-minutes 4 have passed; the same command goes on" in stage.text
+        assert f"step_{steps}.npz" in stage.files("checkpoints")
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses() and stage.records("end")[0]["state"] == "complete"
+
+
+def test_time_that_is_up_at_the_last_step_completes_the_run(stage: Stage, minutes: list[float]) -> None:
+    stage.prepare(small_options(max_minutes=15))
+    stage.backend.before_step = lambda _: minutes.__setitem__(0, minutes[0] + 1)
+    assert stage.train() == COMPLETE
+    assert stage.records("end")[0]["state"] == "complete"
+
+
+def test_checkpoints_by_the_clock(stage: Stage, straight: Stage, minutes: list[float]) -> None:
+    stage.prepare(small_options(checkpoint_minutes=2, checkpoint_interval=5))
+    stage.backend.before_step = lambda _: minutes.__setitem__(0, minutes[0] + 1)
+    assert stage.train() == COMPLETE
+    # Two minutes after the last one, whatever that was for: steps 5, 10 by their number, 12 ends the main phase.
+    steps = [2, 4, 5, 7, 9, 10, 12, 14, 15]
+    assert [
+        path.stem.removeprefix("step_final_").removeprefix("step_")
+        for path in stage.backend.saves
+        if path.parent.name == "checkpoints"
+    ] == [str(step) for step in steps]
+    assert stage.losses() == straight.losses()
+
+
 def test_a_linear_schedule_says_why_it_is_not_extended(straight: Stage) -> None:
     with pytest.raises(
         UserError, match=r"--steps was 12, now 24.*jump from 0\.01 to 0\.0\d+ at step 16; more --extended"

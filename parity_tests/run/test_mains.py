@@ -162,6 +162,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     assert losses[0] == losses[1]
 
 
+def test_a_run_in_short_times_is_bit_for_bit_the_same(settings: Path, framework: str, capsys) -> None:
+    command = ("--config", str(settings), "--steps", "3", "--extended-steps", "0", "--sample-interval", "0")
+    assert train(framework, *command, "--run-dir", "straight") == 0
+    for step in (1, 2):
+        assert train(framework, *command, "--run-dir", "short", "--max-minutes", "0.0001") == 0
+        assert f"Stopped after step {step}: --max-minutes 0.0001 have passed" in capsys.readouterr().out
+    assert train(framework, *command, "--run-dir", "short", "--checkpoint-minutes", "1e-6") == 0
+    assert numbers("short") == numbers("straight") and len(numbers("short")) == 3
+
+
 def test_a_stable_phase_is_extended_bit_for_bit(settings: Path, framework: str) -> None:
     command = ("--config", str(settings), "--lr-schedule", "wsd", "--decay-steps", "2", "--sample-interval", "0")
     assert train(framework, *command, "--steps", "8", "--run-dir", "long") == 0

@@ -138,6 +138,8 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--decay-steps", "9"], "--decay-steps 9: only --lr-schedule wsd"),
         (["--lr-schedule", "wsd", "--decay-steps", "20000"], "--decay-steps 20000: must be from 1 to --steps 10000"),
+        (["--max-minutes", "-1"], "--max-minutes -1.0: must be a number of minutes"),
+        (["--checkpoint-minutes", "nan"], "--checkpoint-minutes nan: must be a number of minutes"),
         (["--extended-steps", "-1"], "--extended-steps -1: must not be negative"),
         (["--learning-rate", "nan"], "--learning-rate nan: must be a number above 0"),
         (["--learning-rate", "inf"], "--learning-rate inf"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -41,6 +42,7 @@ def launch(
 
 
 def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, write_weights: Callable) -> int:
+    started = time.monotonic()
     asked = command_line.parse(argv, prog)
     run_dir = asked.run_dir or Path("runs") / f"{asked.preset}-{framework}"
     try:
@@ -57,7 +59,7 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
                     other = locate(options.resume_from).run
                     resume = other is not None and take_along(other, run_dir)
                 data = open_data(options.data, run_dir, resume)
-                return Run(options, run_dir, backend, data, write_weights, automatic).train()
+                return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
         raise

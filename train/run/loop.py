@@ -33,6 +33,7 @@ from train.data.corpus import DataError, compare_identity
 from train.data.feed import HELD_OUT, Data, Validation
 from train.data.packing import Batch
 from train.plot import plot_runs
+from train.run.clock import Clock
 from train.run.extension import LENGTH, extends, why_not
 from train.run.lr_finder import find_learning_rate
 from train.run.options import Options, flag, trajectory_differences
@@ -53,7 +54,8 @@ class Run:
     """One start of a run: from seeded weights, from given ones, or from a checkpoint.
 
     Arguments: `write_weights(run_dir, backend)` writes the final weights in the framework's own format and returns
-    their path; `automatic` names the settings that `auto` chose for this device.
+    their path; `automatic` names the settings that `auto` chose for this device; `started` is when the process
+    began, by `time.monotonic`.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Run:
         data: Data,
         write_weights: Callable[[Path, Backend], Path],
         automatic: Sequence[str] = (),
+        started: float | None = None,
     ) -> None:
         self.options = options
+        self.clock = Clock(options, started)
         self.automatic = automatic
         self.signals = StopSignals()
         self.run_dir = run_dir
@@ -111,7 +115,7 @@ class Run:
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
                         # Last: a run that goes on from this checkpoint says nothing of the step again.
-                        if self.due(self.options.checkpoint_interval) or self.finished or self.ends_a_phase:
+                        if self.save_due:
                             self.save()
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
@@ -119,6 +123,8 @@ class Run:
                             return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
                         if signals.received and not self.finished:
                             return self.stop_interrupted(signals.received)
+                        if self.clock.is_up and not self.finished:
+                            return self.stop_in_time()
             except Stop:
                 return self.stop_interrupted(signals.received)
             except DataError as error:
@@ -147,8 +153,9 @@ class Run:
         return self.step == self.options.steps
 
     @property
-    def ends_a_phase(self) -> bool:
-        return self.step in (self.options.steps, self.options.stable_steps)
+    def save_due(self) -> bool:
+        ends_a_phase = self.step in (self.options.steps, self.options.stable_steps)
+        return self.due(self.options.checkpoint_interval) or self.clock.save_due or ends_a_phase or self.finished
 
     @property
     def phase(self) -> str:
@@ -373,6 +380,7 @@ class Run:
         self.log.say(f"{RULE}\nSaving checkpoint at step {self.step}\n{RULE}")
         self.under_way = self._write_checkpoint(self.checkpoints, name)
         self.saved_step = self.step
+        self.clock.saved()
         self.announce_save()
 
     def announce_save(self) -> None:
@@ -454,6 +462,12 @@ class Run:
         why = why or f"by {signal.Signals(number).name}"
         self._end("interrupted", f"Stopped {why} after step {self.step}; the same command goes on from there")
         return 128 + number
+
+    def stop_in_time(self) -> int:
+        self.save()
+        limit = f"--max-minutes {self.options.max_minutes:g} have passed"
+        self._end("time is up", f"Stopped after step {self.step}: {limit}; the same command goes on from there")
+        return COMPLETE
 
     def stop_diverged(self) -> int:
         """Too many updates in a row were skipped: the weights are still those of the last good step."""

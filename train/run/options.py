@@ -107,6 +107,8 @@ class TrainingOptions:
     """Decay rate of AdamW's second moment."""
     eps: float = trajectory(1e-8)
     """Epsilon of AdamW, added outside the root."""
+    max_minutes: float = 0.0
+    """Stop with a checkpoint after so many minutes of this start, to go on another time; 0: no limit."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient is not finite; such a step updates nothing."""
 
@@ -117,6 +119,8 @@ class CadenceOptions:
 
     checkpoint_interval: int = 1000
     """Steps between checkpoints; one more at the end of each phase."""
+    checkpoint_minutes: float = 0.0
+    """Also save when the last checkpoint is so many minutes old; 0 goes by steps alone."""
     keep_checkpoints: int = 0
     """Keep only the latest N checkpoints; 0 keeps all. The best one by validation is kept apart."""
     eval_interval: int = 500
@@ -185,6 +189,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         if self.decay_steps != "auto":
             self._require(self.lr_schedule == "wsd", "decay_steps", "only --lr-schedule wsd holds the rate before it")
             self._require(1 <= self.decay_steps <= self.steps, "decay_steps", f"must be from 1 to --steps {self.steps}")
+        for name in ("max_minutes", "checkpoint_minutes"):
+            self._require(0 <= getattr(self, name) < math.inf, name, "must be a number of minutes, or 0")
         for name in ("beta1", "beta2"):
             self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         for name in ("final_lr_ratio", "top_p"):

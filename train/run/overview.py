@@ -55,6 +55,8 @@ def disk_estimate(options: Options, run_dir: Path) -> str:
         f"Disk: {checkpoints} checkpoints of {size_in_words(3 * weights)}{', the best one' if best else ''} and the "
         f"final weights take up to {size_in_words(needed)}; there is room for {size_in_words(room)}"
     )
+    if options.checkpoint_minutes and not options.keep_checkpoints:
+        estimate += "; those of --checkpoint-minutes come on top, --keep-checkpoints N keeps only the latest N"
     if needed > room:
         estimate += "\nWarning: that is not enough; --keep-checkpoints N keeps only the latest N"
     return estimate
