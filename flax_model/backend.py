@@ -30,7 +30,7 @@ from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from flax_model.checkpoint import Checkpoints
-from flax_model.device import describe, mesh_devices, resolve_compute, resolve_device
+from flax_model.device import describe, mesh_devices, peak_memory, resolve_compute, resolve_device
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import (
@@ -127,6 +127,10 @@ class FlaxBackend:
     @property
     def device(self) -> str:
         return describe(self._device, self.compute.mesh)
+
+    @property
+    def peak_memory(self) -> int | None:
+        return peak_memory(self._device)
 
     @property
     def _rows_per_pass(self) -> int:

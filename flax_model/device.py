@@ -22,7 +22,7 @@ from flax_model.moe import EXPERT_PATHS
 from flax_model.sharding import AXES, MeshShape
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.memory import host_memory_available, process_peak
 
 
 def resolve_device(name: str) -> jax.Device:
@@ -82,6 +82,13 @@ def available_memory(device: jax.Device) -> int | None:
         return host_memory_available()
     stats = device.memory_stats()
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
+
+
+def peak_memory(device: jax.Device) -> int | None:
+    """Bytes that arrays have held at most on the device, of a mesh the first one; on the CPU, of the process."""
+    if device.platform == "cpu":
+        return process_peak()
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelConfig) -> ComputeConfig:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
-from torch_ref.device import compile_checked, describe, fused_adamw, resolve_compute, resolve_device
+from torch_ref.device import compile_checked, describe, fused_adamw, peak_memory, resolve_compute, resolve_device
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.spec.checkpoint import make_contents
@@ -82,6 +82,10 @@ class TorchBackend:
     @property
     def device(self) -> str:
         return describe(self._device)
+
+    @property
+    def peak_memory(self) -> int | None:
+        return peak_memory(self._device)
 
     @property
     def steps_done(self) -> int:

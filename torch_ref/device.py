@@ -24,7 +24,7 @@ from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.memory import host_memory_available, process_peak
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,6 +65,16 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return host_memory_available()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that tensors have held at most; on MPS, which keeps no such record, what is held now; on the CPU, of the
+    process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return process_peak()
 
 
 def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConfig:

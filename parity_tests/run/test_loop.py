@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.support.fakes import FakeBackend, FakeData, small_options
+from parity_tests.support.fakes import MODEL, FakeBackend, FakeData, small_options
+from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.feed import Validation
 from train.run.loop import COMPLETE, FAILED, Run, fixed_size_parts
@@ -122,7 +123,8 @@ def test_metrics_hold_what_the_log_rounds(straight: Stage) -> None:
     assert [step["tokens_seen"] for step in steps] == [32 * (n + 1) for n in range(15)]
     assert [step["data_position"] for step in steps] == [{"batch": n + 1} for n in range(15)]
     assert steps[0]["expert_load"] == [1.5, 1.0] and steps[0]["expert_counts"][0] == [6, 2, 4, 4]
-    shown = re.findall(r"^Step (\d+) \| Loss: ([\d.]+) .*\(accumulated over 2 batches\)$", straight.text, re.M)
+    line = r"^Step (\d+) \| Loss: ([\d.]+) .*\(accumulated over 2 batches\) \| [\d.]+ GFLOP/s \| Memory: 1\.50 GB$"
+    shown = re.findall(line, straight.text, re.M)
     assert shown == [(str(step["step"]), f"{step['loss']:.4f}") for step in steps]
 
 
@@ -283,6 +285,22 @@ def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_pat
     assert stage.train() == 128 + signal.SIGTERM
     assert stage.train(**WSD | {"steps": 18}) == COMPLETE
     assert stage.losses() == long.losses()
+
+
+def test_utilisation_is_a_share_of_a_known_peak(stage: Stage, straight: Stage) -> None:
+    assert all("mfu" not in step for step in straight.records("step"))
+    stage.backend.device = "2 x NVIDIA H100 80GB HBM3, jax 0.0, mesh data=1,fsdp=2,expert=1"
+    assert stage.train() == COMPLETE
+    for step in stage.records("step"):
+        assert step["flops_per_second"] == pytest.approx(step["tokens_per_second"] * flops_per_token(MODEL, 8))
+        assert step["mfu"] == pytest.approx(step["flops_per_second"] / 2 / 989.4e12)
+        assert step["peak_memory_bytes"] == 1_500_000_000
+
+
+def test_no_peak_is_guessed() -> None:
+    assert bf16_peak("NVIDIA A100-SXM4-80GB, torch 2.9") == 312e12
+    for device in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb, torch 2.9", "CPU (x86_64, 2 threads), torch 2.9", "Apple MPS"):
+        assert bf16_peak(device) is None
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 
 from parity_tests.support.fakes import MODEL, small_options
+from torch_ref.spec.flops import flops_per_token
 from torch_ref.spec.interface import StepResult
 from torch_ref.spec.memory import step_bytes
 from torch_ref.spec.storage import TensorReader
@@ -96,6 +97,10 @@ def test_a_run_of_each_framework(settings: Path, framework: str, capsys: pytest.
     assert (run_dir / f"deepseek_final.{weights}").is_file()
     assert len(re.findall(r"^Step \d+ \| Loss: ", (run_dir / "training.logs").read_text(), re.M)) == 8
     assert steps(str(run_dir))[-1]["loss"] < steps(str(run_dir))[0]["loss"] - 0.2
+
+    last = steps(str(run_dir))[-1]
+    assert last["flops_per_second"] == pytest.approx(last["tokens_per_second"] * flops_per_token(MODEL, 16))
+    assert "mfu" not in last and 1e8 < last["peak_memory_bytes"] < 1e11, "the process's, on a CPU"
 
     capsys.readouterr()
     assert train(framework, "--config", str(settings)) == 0

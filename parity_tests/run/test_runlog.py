@@ -30,10 +30,13 @@ def values(step: int, **others: object) -> dict:
 
 
 def test_the_step_line() -> None:
-    assert step_line(1000, 3.45671, 0.002345, 0.524557, 31234.5601, 8) == (
+    told = 1000, 3.45671, 0.002345, 0.524557, 31234.5601, 8
+    line = (
         "Step 1000 | Loss: 3.4567 | LR: 0.002345 | Total Step Time: 524.56ms | Tokens/sec: 31234.56 "
         "(accumulated over 8 batches)"
     )
+    assert step_line(*told, 2.5e14, 0.2527, 34_120_000_000) == line + " | 250.00 TFLOP/s, MFU 25.3% | Memory: 34.12 GB"
+    assert step_line(*told, 3.256e9, None, None) == line + " | 3.26 GFLOP/s", "nothing that is not known"
 
 
 def test_console_and_file_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -73,7 +76,7 @@ def test_logs_are_cut_back(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, small_options()) as log:
         log.say("Model: ...")
         for step in range(1, 13):
-            log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1))
+            log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1, 1e9, None, None))
             if step == 2:
                 log.announce("Saving checkpoint at step 2")
                 log.sample(2, "Step 99 | Loss", "; Step 98 |\nStep 97 | Loss: 1")
@@ -134,7 +137,7 @@ def test_a_terminal_gets_a_bar_with_both_phases(tmp_path: Path) -> None:
     with RunLog(tmp_path, 10, small_options(), console=console) as log:
         log.show_progress(10)
         for step in (11, 12, 13):
-            log.step(values(step, loss=1.5), step_line(step, 1.5, 0.1, 0.1, 5.0, 1))
+            log.step(values(step, loss=1.5), step_line(step, 1.5, 0.1, 0.1, 5.0, 1, 1e9, None, None))
     shown = screen.getvalue()
     for text in ("Main phase", "12/12", "Extended phase", "1/3", "loss 1.5000", "Step 13 | Loss: 1.5000"):
         assert text in shown
@@ -221,7 +224,7 @@ def test_colours_never_reach_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FORCE_COLOR", "1")
     with RunLog(tmp_path, 0, small_options()) as log:
         log.show_progress(0)
-        log.step(values(1), step_line(1, 1.5, 0.1, 0.1, 5.0, 1))
+        log.step(values(1), step_line(1, 1.5, 0.1, 0.1, 5.0, 1, 1e9, None, None))
         log.warn("careful")
     assert "\x1b" not in (tmp_path / "training.logs").read_text() + capsys.readouterr().out
 

@@ -67,6 +67,7 @@ class FakeBackend:
     framework = "fake"
     checkpoint_suffix = ".npz"
     device = "imagination"
+    peak_memory = 1_500_000_000
 
     def __init__(self, options: Options) -> None:
         self.model_config: ModelConfig = options.model

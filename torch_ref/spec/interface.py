@@ -98,6 +98,10 @@ class Backend(Protocol):
         """The device in words, for the log."""
 
     @property
+    def peak_memory(self) -> int | None:
+        """Bytes held at most so far: of the device's memory, on a CPU the process's; None where that is not known."""
+
+    @property
     def steps_done(self) -> int:
         """Optimizer steps since initialisation, skipped ones included."""
 

@@ -5,6 +5,7 @@ frameworks use.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -107,6 +108,19 @@ def host_memory_available() -> int | None:
         except (OSError, ValueError, AttributeError):  # Windows has no sysconf
             return None
     return min(limits)
+
+
+def process_peak() -> int | None:
+    """Bytes of memory that this process has held at most; None where the system does not say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def require_host_memory(needed: int, what: str) -> None:

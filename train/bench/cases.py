@@ -72,15 +72,6 @@ def labels(case: Case) -> dict:
     return {name: getattr(case, name) for name in names}
 
 
-def flops_per_token(case: Case, backward: bool = True) -> float:
-    """Model FLOPs of one token, averaged over a sequence: two for every active weight in a product (the embedding
-    once, as the output layer), and attention's products with the keys a token may see; the backward pass costs twice
-    the forward pass. What rematerialisation computes again does not count."""
-    c = case.config
-    attention = 2 * c.num_layers * c.num_heads * (c.qk_head_dim + c.v_head_dim) * (case.seq_len + 1) / 2
-    return (2 * count_active_parameters(c) + attention) * (3 if backward else 1)
-
-
 def bytes_per_token(case: Case) -> float:
     """What decoding one token at the end of `seq_len` others has to read, in a batch of one: every active weight, and
     the cache of latents. Also for `transformers`, whose cache is larger: it is the same model."""

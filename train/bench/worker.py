@@ -15,7 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.bench.cases import Case, bytes_per_token, flops_per_token, labels
+from torch_ref.spec.flops import flops_per_token
+from torch_ref.spec.memory import process_peak
+from train.bench.cases import Case, bytes_per_token, labels
 from train.bench.profile import longest
 from train.bench.systems import SYSTEMS, Flax, Transformers, clocked
 
@@ -43,7 +45,7 @@ def measure(case: Case) -> Iterator[dict]:
         peak.reset()
         _, seconds = clocked(system.gradient(), case.repeats)
         rate = case.micro_batch * case.seq_len / seconds
-        yield row("gradient", rate, "tokens/s", flops_per_token=flops_per_token(case))
+        yield row("gradient", rate, "tokens/s", flops_per_token=flops_per_token(case.config, case.seq_len))
     if "step" in case.tasks or "startup" in case.tasks:
         before = time.time()
         run = system.step()
@@ -51,7 +53,8 @@ def measure(case: Case) -> Iterator[dict]:
         first, seconds = clocked(run, case.repeats)
         if "step" in case.tasks:
             rate = case.tokens / seconds
-            yield row("step", rate, "tokens/s", flops_per_token=flops_per_token(case), **chosen(system))
+            flops = flops_per_token(case.config, case.seq_len)
+            yield row("step", rate, "tokens/s", flops_per_token=flops, **chosen(system))
         if "profile" in case.tasks:
             for name, milliseconds, calls in longest(system.kernels(run)):
                 yield row(name, milliseconds, "ms", calls=calls, peak_memory_gb=None)
@@ -82,7 +85,7 @@ def measure(case: Case) -> Iterator[dict]:
             done = generation(at, system, peak)
             more = {"seq_len": length, "micro_batch": batch, "peak_memory_gb": done.memory}
             if length == long and "prefill" in case.tasks:
-                flops = flops_per_token(at, backward=False)
+                flops = flops_per_token(at.config, at.seq_len, backward=False)
                 yield row("prefill", length / done.first, "tokens/s", flops_per_token=flops, **more)
             if "decode" in case.tasks:
                 if batch == 1:
@@ -155,14 +158,8 @@ class Peak:
         device = self.of()
         if device is not None:
             return device / GIB or None
-        try:
-            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            return int(fields["VmHWM"].split()[0]) * 1024 / GIB
-        except (OSError, KeyError):
-            import resource
-
-            scale = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB
+        process = process_peak()
+        return None if process is None else process / GIB
 
 
 def ceilings(case: Case) -> Iterator[dict]:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import IGNORE, Backend, StepResult, UserError
 from torch_ref.spec.storage import write_errors, write_whole
 from train.data.corpus import DataError, compare_identity
@@ -76,6 +77,7 @@ class Run:
         self.checkpoints = run_dir / "checkpoints"
         self.best = run_dir / "best"
         self.backend = backend
+        self.flops_per_token = flops_per_token(options.model, options.seq_len)
         self.data = data
         self.write_weights = write_weights
         self.progress = Progress()
@@ -292,6 +294,8 @@ class Run:
         progress = self.progress
         speed = result.tokens / seconds
         counts = result.expert_counts
+        flops, peak, memory = speed * self.flops_per_token, bf16_peak(self.backend.device), self.backend.peak_memory
+        mfu = flops / peak if peak else None
         values = {
             "step": self.step,
             "phase": self.phase,
@@ -302,6 +306,9 @@ class Run:
             "tokens": result.tokens,
             "tokens_seen": progress.tokens_seen,
             "tokens_per_second": speed,
+            "flops_per_second": flops,
+            **({} if mfu is None else {"mfu": mfu}),
+            **({} if memory is None else {"peak_memory_bytes": memory}),
             "step_seconds": seconds,
             "data_wait_seconds": waited,
             "applied": result.applied,
@@ -311,7 +318,8 @@ class Run:
             "data_position": progress.cursor,
             "bad_rows": self.data.bad_rows,
         }
-        line = step_line(self.step, result.loss, result.learning_rate, seconds, speed, self.options.micro_batches)
+        batches = self.options.micro_batches
+        line = step_line(self.step, result.loss, result.learning_rate, seconds, speed, batches, flops, mfu, memory)
         self.log.step(values, line)
         if not result.applied:
             self.log.warn(

@@ -42,13 +42,31 @@ LOGGERS = ("train", "torch_ref", "flax_model")
 
 
 def step_line(
-    step: int, loss: float, learning_rate: float, seconds: float, tokens_per_second: float, batches: int
+    step: int,
+    loss: float,
+    learning_rate: float,
+    seconds: float,
+    tokens_per_second: float,
+    batches: int,
+    flops_per_second: float,
+    mfu: float | None,
+    memory: int | None,
 ) -> str:
-    """The line of one optimizer step; `loss` in nats per token, `batches` the micro-batches it was summed over."""
+    """The line of one optimizer step; `loss` in nats per token, `batches` the micro-batches it was summed over, `mfu` a
+    share of 1, `memory` in bytes; None is left out."""
+    share = "" if mfu is None else f", MFU {mfu:.1%}"
+    held = "" if memory is None else f" | Memory: {memory / 1e9:.2f} GB"
     return (
         f"Step {step} | Loss: {loss:.4f} | LR: {learning_rate:.6f} | Total Step Time: {seconds * 1000:.2f}ms | "
-        f"Tokens/sec: {tokens_per_second:.2f} (accumulated over {batches} batches)"
+        f"Tokens/sec: {tokens_per_second:.2f} (accumulated over {batches} batches) | "
+        f"{flops_in_words(flops_per_second)}{share}{held}"
     )
+
+
+def flops_in_words(flops: float) -> str:
+    """FLOP/s with a fitting prefix."""
+    unit, scale = ("TFLOP/s", 1e12) if flops >= 1e12 else ("GFLOP/s", 1e9)
+    return f"{flops / scale:.2f} {unit}"
 
 
 STEP_LINE = re.compile(rb"^Step (\d+) \| Loss: \S+ \| LR: \S+ \| Total Step Time: ", re.MULTILINE)
