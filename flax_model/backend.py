@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from flax_model.checkpoint import Checkpoints
-from flax_model.device import describe, mesh_devices, peak_memory, resolve_compute, resolve_device
+from flax_model.device import describe, mesh_devices, peak_memory, resolve_compute, resolve_device, trace
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import (
@@ -211,6 +212,9 @@ class FlaxBackend:
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
         self._checkpoints.save(path, self._state, contents)
         return path
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        return trace(folder)
 
     def check_saves(self) -> None:
         self._checkpoints.check_saves()

@@ -13,6 +13,9 @@ import dataclasses
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 
@@ -89,6 +92,13 @@ def peak_memory(device: jax.Device) -> int | None:
     if device.platform == "cpu":
         return process_peak()
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+@contextmanager
+def trace(folder: Path) -> Iterator[None]:
+    """Profile what is done in the block, and write `folder`/plugins/profile/TIME/perfetto_trace.json.gz."""
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+        yield
 
 
 def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelConfig) -> ComputeConfig:

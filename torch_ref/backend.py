@@ -12,6 +12,7 @@ Twin of `flax_model/backend.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
-from torch_ref.device import compile_checked, describe, fused_adamw, peak_memory, resolve_compute, resolve_device
+from torch_ref.device import compile_checked, describe, fused_adamw, peak_memory, resolve_compute, resolve_device, trace
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.spec.checkpoint import make_contents
@@ -217,6 +218,9 @@ class TorchBackend:
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
         self._checkpoints.save(path, self._groups(), contents)
         return path
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        return trace(folder, self._device)
 
     def check_saves(self) -> None:
         self._checkpoints.check_saves()

@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
 from torch_ref.layers import wide
@@ -75,6 +78,17 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return process_peak()
+
+
+@contextmanager
+def trace(folder: Path, device: torch.device) -> Iterator[None]:
+    """Profile what is done in the block, and write `folder`/trace.json.gz."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    profiler = profile(activities=activities, record_shapes=True)
+    with profiler:
+        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
 
 
 def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConfig:

@@ -303,6 +303,23 @@ def test_no_peak_is_guessed() -> None:
         assert bf16_peak(device) is None
 
 
+def test_the_steps_asked_for_are_traced(stage: Stage, straight: Stage) -> None:
+    assert stage.train(profile_steps="4-6") == COMPLETE
+    trace = stage.run_dir / "profile" / "steps_4-6" / "trace.json.gz"
+    assert trace.read_text() == "4 to 6"
+    assert f"Profile of steps 4-6 written to: {trace} (open it at https://ui.perfetto.dev)" in stage.text
+    assert stage.losses() == straight.losses()
+    assert stage.train(extended_steps=5, profile_steps="4-6") == COMPLETE
+    assert "--profile-steps 4-6: these steps are done already" in stage.text
+
+
+def test_a_trace_ends_with_the_run(stage: Stage) -> None:
+    stage.prepare(small_options(profile_steps="4-9"))
+    stage.backend.before_step = kill_at(signal.SIGTERM, 6)
+    assert stage.train() == 128 + signal.SIGTERM
+    assert (stage.run_dir / "profile" / "steps_4-9" / "trace.json.gz").read_text() == "4 to 6"
+
+
 @pytest.fixture
 def minutes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that shows what the list's one number says."""

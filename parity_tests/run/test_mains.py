@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib
 import json
 import os
@@ -165,6 +166,18 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_same(
     assert numbers("stopped") == numbers("straight")
     losses = [[r["loss"] for r in read_metrics(Path(d)) if r["kind"] == "validation"] for d in ("stopped", "straight")]
     assert losses[0] == losses[1]
+
+
+def test_a_profile_of_some_steps(settings: Path, framework: str, capsys: pytest.CaptureFixture) -> None:
+    command = ("--config", str(settings), "--steps", "3", "--extended-steps", "0", "--sample-interval", "0")
+    assert train(framework, *command, "--eval-interval", "0", "--profile-steps", "2-3", "--run-dir", "x") == 0
+    told = re.findall(r"^Profile of steps 2-3 written to: (\S+) \(open it at", capsys.readouterr().out, re.M)
+    assert len(told) == 1 and told[0].startswith("x/profile/steps_2-3/")
+    with gzip.open(told[0]) as file:
+        events = json.load(file)["traceEvents"]
+    names = " ".join(str(event.get("name")) for event in events)
+    assert {"flax": "dot", "torch": "aten::"}[framework] in names
+    assert len(steps("x")) == 3
 
 
 def test_a_run_in_short_times_is_bit_for_bit_the_same(settings: Path, framework: str, capsys) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,12 @@ class FakeBackend:
         np.savez(path, weights=self._weights, steps=self._steps, meta=json.dumps(meta))
         self.saves.append(path)
         return path
+
+    @contextmanager
+    def trace(self, folder: Path) -> Iterator[None]:
+        before = self._steps
+        yield
+        (folder / "trace.json.gz").write_text(f"{before + 1} to {self._steps}")
 
     def check_saves(self) -> None:
         pass

@@ -7,6 +7,7 @@ the protocol: `torch_ref.backend.TorchBackend` and `flax_model.backend.FlaxBacke
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,6 +124,9 @@ class Backend(Protocol):
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         """Write checkpoint `folder/name<suffix>`: weights, moments, balance bias, step counters and `meta` (JSON).
         May go on writing in the background; `find` sees it only when whole. Returns its path."""
+
+    def trace(self, folder: Path) -> AbstractContextManager[None]:
+        """While it is entered, the framework's profiler runs; afterwards a trace for Perfetto lies in `folder`."""
 
     def check_saves(self) -> None:
         """Raises what went wrong in the background so far; does not wait for it to end."""

@@ -42,6 +42,7 @@ from train.run.overview import overview, require_disk
 from train.run.progress import Progress
 from train.run.runlog import RULE, RunLog, heard, step_line
 from train.run.signals import CLOSED_PIPE, Stop, StopSignals
+from train.run.tracing import Tracing
 from train.state.resume import own_checkpoints, restore_newest
 from train.state.source import read_start
 
@@ -105,11 +106,14 @@ class Run:
                 if signals.received:
                     return 128 + signals.received
             try:
-                with closing(self.data.batches(self.progress.cursor)) as batches:
+                tracing = Tracing(self.backend, self.run_dir / "profile", self.options.profiled(), self.log.say)
+                with closing(self.data.batches(self.progress.cursor)) as batches, tracing:
                     self.log.show_progress(self.step)
                     self.pay_what_is_owed()
                     while not self.finished:
+                        tracing.before_step()
                         self.train_step(batches)
+                        tracing.after_step()
                         self.announce_save()
                         if self.validation_due:
                             self.progress.owed.append("validation")

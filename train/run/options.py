@@ -147,6 +147,8 @@ class CadenceOptions:
 class InstrumentOptions:
     """Where metrics go besides the console, training.logs, metrics.jsonl and plots."""
 
+    profile_steps: str = ""
+    """Trace these steps, as in 20-23, with the framework's profiler, into the folder profile (docs/long_runs.md)."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb: bool = False
@@ -189,6 +191,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         if self.decay_steps != "auto":
             self._require(self.lr_schedule == "wsd", "decay_steps", "only --lr-schedule wsd holds the rate before it")
             self._require(1 <= self.decay_steps <= self.steps, "decay_steps", f"must be from 1 to --steps {self.steps}")
+        self.profiled()
         for name in ("max_minutes", "checkpoint_minutes"):
             self._require(0 <= getattr(self, name) < math.inf, name, "must be a number of minutes, or 0")
         for name in ("beta1", "beta2"):
@@ -242,6 +245,14 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         count = round(float(number[1]) * 1000 ** " KMBT".index(number[2].upper() or " "))
         self._require(count >= 1, "tokens", "must be at least 1")
         return count
+
+    def profiled(self) -> range:
+        """Numbers (from 1) of the steps to trace; empty if none are."""
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.profile_steps)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        valid = not self.profile_steps or (found and 1 <= first <= last <= self.total_steps)
+        self._require(valid, "profile_steps", f"must be FIRST-LAST, such as 20-23, from 1 to {self.total_steps}")
+        return range(first, last + 1)
 
     @property
     def total_steps(self) -> int:
