@@ -7,7 +7,7 @@
 - a step whose loss or gradient is not finite changes nothing but the step counter
 - orbax checkpoints, written in the background
 
-Twin of `torch_ref/backend.py`.
+Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from flax_model.checkpoint import Checkpoints
 from flax_model.device import describe, mesh_devices, peak_memory, resolve_compute, resolve_device, trace

@@ -7,7 +7,7 @@ earlier step again must work. What makes saving safe is the checkpointer's: the 
 is renamed when whole. orbax does not check what it reads back: checksums of every array lie in `meta`, with one of
 `meta` itself, and are verified before anything is used.
 
-Twin of `torch_ref/checkpoint.py`.
+Twins: `torch_ref/checkpoint.py`, `flax_model/checkpoint.py`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ devices each of these functions is the plain operation, or gives back what it is
 - `as_bits`, in bfloat16: views instead of 3.1 GB of copies for each text
 - `tied`, in bfloat16: the embedding is not widened as a whole
 
-How it was measured is in docs/performance.md. Twin of `torch_ref/cpu.py`.
+How it was measured is in docs/performance.md.
+
+Twins: `torch_ref/cpu.py`, `flax_model/cpu.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import Array
+from jaxtyping import Float, Int
 
 
 def on_cpu() -> bool:

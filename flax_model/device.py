@@ -4,7 +4,7 @@ On Ampere and later GPUs JAX multiplies float32 matrices in TF32 unless told oth
 environment variable JAX_DEFAULT_MATMUL_PRECISION=highest where float32 runs of the two are to be compared on a GPU.
 On the CPU a run repeats bit for bit; on a GPU that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
-Twin of `torch_ref/device.py`.
+Twins: `torch_ref/device.py`, `flax_model/device.py`.
 """
 
 from __future__ import annotations

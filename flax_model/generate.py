@@ -11,7 +11,8 @@
 
 Slots of the cache: prompts fill the first ones, each up to its length; the new tokens of all rows follow at the width
 of the padded prompts. A token's position is in its rotated key, so slots in between that hold nothing do no harm.
-Twin of `torch_ref/generate.py`.
+
+Twins: `torch_ref/generate.py`, `flax_model/generate.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
 from flax_model.attention import Attention
 from flax_model.cpu import as_bits, bits, materialized, read, tied

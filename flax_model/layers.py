@@ -1,9 +1,12 @@
 """The layers that everything else is made of: a linear map, RMSNorm and the SwiGLU MLP.
 
-Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly.
-Every module takes `stack`, a leading shape for its parameters: () for one layer, (layers,) for the stacked layers
-that `lax.scan` runs through. Values worth keeping for the backward pass have a name (`checkpoint_name`); whatever lies
-between them is computed again (`model.run_layers`). Twin of `torch_ref/layers.py`.
+Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly:
+there is no autocast.
+
+Values worth keeping for the backward pass have a name (`checkpoint_name`); whatever lies between them is computed again
+(`model.run_layers`).
+
+Twins: `torch_ref/layers.py`, `flax_model/layers.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +14,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from flax_model.cpu import linear
-
-Stack = tuple[int, ...]
 
 
 def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -24,13 +26,18 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def product(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "*batch outputs"]:
+def product(
+    x: Float[Array, "*batch rows inputs"], weight: Float[Array, "outputs inputs"]
+) -> Float[Array, "*batch rows outputs"]:
     """x @ weight.T in the dtype of `x`."""
     return linear(x, weight.astype(x.dtype))
 
 
-def wide_product(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Array:
+def wide_product(
+    x: Float[Array, "*batch rows inputs"], weight: Float[Array, "outputs inputs"]
+) -> Float[Array, "*batch rows outputs"]:
     """x @ weight.T as it is summed, in float32 or wider: rounded to bfloat16 and widened again it would lose bits."""
+    weight = weight.astype(x.dtype)
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
@@ -47,8 +54,8 @@ def rms_norm(
 class Linear(nnx.Module):
     """x @ weight.T, without a bias; weight [out, in]."""
 
-    def __init__(self, inputs: int, outputs: int, stack: Stack = ()) -> None:
-        self.weight = nnx.Param(jnp.zeros((*stack, outputs, inputs)))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.weight = nnx.Param(jnp.zeros((outputs, inputs)))
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         return product(x, self.weight[...])
@@ -57,8 +64,8 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned weight."""
 
-    def __init__(self, size: int, eps: float, stack: Stack = ()) -> None:
-        self.weight = nnx.Param(jnp.zeros((*stack, size)))
+    def __init__(self, size: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.zeros(size))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
@@ -68,10 +75,10 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020): the dense MLP, and the shared expert."""
 
-    def __init__(self, hidden: int, ffn: int, stack: Stack = ()) -> None:
-        self.gate_proj = Linear(hidden, ffn, stack)
-        self.up_proj = Linear(hidden, ffn, stack)
-        self.down_proj = Linear(ffn, hidden, stack)
+    def __init__(self, hidden: int, ffn: int) -> None:
+        self.gate_proj = Linear(hidden, ffn)
+        self.up_proj = Linear(hidden, ffn)
+        self.down_proj = Linear(ffn, hidden)
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
         gated, raised = checkpoint_name((self.gate_proj(x), self.up_proj(x)), "swiglu")

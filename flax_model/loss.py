@@ -2,7 +2,9 @@
 
 At 2048 tokens and 49,152 entries the logits are 400 MB, and their gradient as much again. Here only a chunk of tokens
 has logits at a time, and its gradient is taken at once, while they are at hand: the backward pass then only scales
-what was saved, one product of four less than recomputing the logits. Twin of `torch_ref/loss.py`.
+what was saved, one product of four less than recomputing the logits.
+
+Twins: `torch_ref/loss.py`, `flax_model/loss.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import Array
+from jaxtyping import Float, Int
 
 from flax_model.layers import wide, wide_product
 from torch_ref.spec.interface import IGNORE
@@ -27,7 +30,7 @@ def cross_entropy_plain(
     hidden: Float[Array, "tokens hidden"], embedding: Float[Array, "vocab hidden"], targets: Int[Array, " tokens"]
 ) -> Float[Array, ""]:
     """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
-    return token_losses(wide_product(hidden, embedding.astype(hidden.dtype)), targets).sum()
+    return token_losses(wide_product(hidden, embedding), targets).sum()
 
 
 def _chunks(hidden, targets, chunk):

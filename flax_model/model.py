@@ -7,7 +7,9 @@
 - gradient checkpointing of the experts' activations, or of whole layers
 
 Modules hold parameters. Transformations act on plain nested dicts of arrays: `split` takes a model apart into them,
-`merge` puts it together again inside a jitted function. Twin of `torch_ref/model.py`.
+`merge` puts it together again inside a jitted function.
+
+Twins: `torch_ref/model.py`, `flax_model/model.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import DTypeLike
 
-from flax_model.attention import Attention, is_fused_attention
-from flax_model.layers import RMSNorm, Stack, SwiGLU, wide, wide_product
+from flax_model.attention import Attention
+from flax_model.fused_attention import is_fused_attention
+from flax_model.layers import RMSNorm, SwiGLU, wide, wide_product
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
@@ -47,12 +51,12 @@ class ForwardOutput(NamedTuple):
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)), where the MLP is dense or a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, dense: bool, stack: Stack = ()) -> None:
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
         self.dense = dense
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack)
-        self.attention = Attention(config, stack)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, stack) if dense else MoE(config, stack)
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def __call__(
         self, x: Float[Array, "batch seq hidden"], rope: Rope, compute: ComputeConfig
@@ -63,6 +67,12 @@ class Block(nnx.Module):
             return x + self.mlp(normed), None
         moe = self.mlp(normed, compute.moe, compute.remat == "experts")
         return x + moe.out, moe
+
+
+def stacked(block: Block, layers: int) -> Block:
+    """A block whose variables have room for the values of so many layers, along a first axis that `lax.scan` takes."""
+    graphdef, state = nnx.split(block)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), state))
 
 
 class Embedding(nnx.Module):
@@ -77,9 +87,9 @@ class Model(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.first_k_dense:
-            self.dense_layers = Block(config, dense=True, stack=(config.first_k_dense,))
+            self.dense_layers = stacked(Block(config, dense=True), config.first_k_dense)
         if config.num_moe_layers:
-            self.layers = Block(config, dense=False, stack=(config.num_moe_layers,))
+            self.layers = stacked(Block(config, dense=False), config.num_moe_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(
@@ -107,7 +117,7 @@ class Model(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Scores of the next token, float32 or wider, by the embedding (tied)."""
-        return wide_product(hidden, self.embed_tokens.weight[...].astype(hidden.dtype))
+        return wide_product(hidden, self.embed_tokens.weight[...])
 
 
 def run_layers(

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021) on interleaved pairs, from the table in `parameters.py`.
 
-Twin of `torch_ref/rotary.py`.
+Twins: `torch_ref/rotary.py`, `flax_model/rotary.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import Array
+from jaxtyping import Float
 from numpy.typing import DTypeLike
 
 from flax_model.layers import wide

@@ -7,7 +7,7 @@ Keys and values are expanded from one small latent per token; a single rotary ke
     k_nope, v = kv_b_proj(latent)           per K/V head; query head h reads K/V head h // (heads / kv_heads)
     softmax(q . [k_nope | k_rope] / sqrt(nope + rope)) v
 
-Twin of `flax_model/attention.py`.
+Twins: `torch_ref/attention.py`, `flax_model/attention.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from torch_ref.cpu import operand
+from torch_ref.fused_attention import attend_masked, attend_sdpa
 from torch_ref.layers import Linear, RMSNorm, wide
 from torch_ref.rotary import Rope, apply_rope
 from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
@@ -31,45 +30,12 @@ def attend_plain(
 ) -> Float[Tensor, "batch seq heads vdim"]:
     """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider."""
     batch, seq, heads, _ = q.shape
-    grouped = q.unflatten(2, (k.shape[2], -1))  # heads -> kv_heads, heads of one group
-    scores = torch.einsum("bqkgd,bskd->bkgqs", wide(grouped), wide(k)) * scale
+    grouped = wide(q).reshape(batch, seq, k.shape[2], -1, q.shape[-1])  # heads -> kv_heads, heads of one group
+    scores = torch.einsum("bqkgd,bskd->bkgqs", grouped, wide(k)) * scale
     causal = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
     probabilities = scores.masked_fill(~causal, float("-inf")).softmax(-1)
     out = torch.einsum("bkgqs,bskd->bqkgd", probabilities, wide(v))
     return out.reshape(batch, seq, heads, v.shape[-1]).to(q.dtype)
-
-
-def attend_sdpa(
-    q: Float[Tensor, "batch seq heads qk"],
-    k: Float[Tensor, "batch seq kv_heads qk"],
-    v: Float[Tensor, "batch seq kv_heads vdim"],
-    scale: float,
-) -> Float[Tensor, "batch seq heads vdim"]:
-    """The same by torch's fused kernels, which want one head size: v is padded with zeros, and the pad cut off."""
-    v_head_dim, dtype = v.shape[-1], q.dtype
-    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
-    q, k, v = (operand(x).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)[..., :v_head_dim].to(dtype)
-
-
-def attend_masked(
-    q: Float[Tensor, "batch seq heads qk"],
-    k: Float[Tensor, "batch seq kv_heads qk"],
-    v: Float[Tensor, "batch seq kv_heads vdim"],
-    scale: float,
-) -> Float[Tensor, "batch seq heads vdim"]:
-    """The same for MPS, around what its fused kernel gets wrong: the mask is explicit (`is_causal` leaked later tokens
-    in half precision, pytorch #195910), v is padded to the key's size (#176767), operands are contiguous (#181133),
-    heads are repeated, and q carries the scale (it was missing from the kernel cache's key, #184122)."""
-    seq, heads, v_head_dim = q.shape[1], q.shape[2], v.shape[-1]
-    groups = heads // k.shape[2]
-    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
-    q = (q * scale).transpose(1, 2).contiguous()
-    k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2).contiguous() for x in (k, v))
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=1.0)
-    return out.transpose(1, 2)[..., :v_head_dim]
 
 
 ATTENTION_PATHS = {"plain": attend_plain, "sdpa": attend_sdpa, "masked": attend_masked}
@@ -97,7 +63,7 @@ class Attention(nn.Module):
         """Queries of all heads: the part without position, and the rotated part."""
         c = self.config
         q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (c.num_heads, c.qk_head_dim))
+        q = q.reshape(*x.shape[:-1], c.num_heads, c.qk_head_dim)
         q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
         return q_nope, apply_rope(q_rope, rope)
 
@@ -107,16 +73,16 @@ class Attention(nn.Module):
         """What a token leaves for later ones: its normed latent, and the rotated key that all heads share."""
         c = self.config
         latent, k_rope = self.kv_a_proj(x).split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        return self.kv_a_norm(latent), apply_rope(k_rope.unsqueeze(-2), rope).squeeze(-2)
+        return self.kv_a_norm(latent), apply_rope(k_rope[..., None, :], rope)[..., 0, :]
 
     def expand(
         self, latent: Float[Tensor, "batch seq latent"], k_rope: Float[Tensor, "batch seq rope"]
     ) -> tuple[Float[Tensor, "batch seq kv_heads qk"], Float[Tensor, "batch seq kv_heads vdim"]]:
         """Keys and values of every K/V head."""
         c = self.config
-        k_and_v = self.kv_b_proj(latent).unflatten(-1, (c.num_kv_heads, -1))
+        k_and_v = self.kv_b_proj(latent).reshape(*latent.shape[:2], c.num_kv_heads, -1)
         k_nope, v = k_and_v.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
-        k_rope = k_rope.unsqueeze(2).expand(-1, -1, c.num_kv_heads, -1)
+        k_rope = k_rope[:, :, None].expand(*k_nope.shape[:3], c.qk_rope_head_dim)
         return torch.cat((k_nope, k_rope), dim=-1), v
 
     def forward(self, x: Float[Tensor, "batch seq hidden"], rope: Rope, path: str) -> Float[Tensor, "batch seq hidden"]:
@@ -124,4 +90,4 @@ class Attention(nn.Module):
         q = torch.cat(self.queries(x, rope), dim=-1)
         k, v = self.expand(*self.latents(x, rope))
         out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.reshape(*x.shape[:2], -1))

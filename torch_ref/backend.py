@@ -6,7 +6,7 @@
 - a step whose loss or gradient is not finite changes nothing but the step counter
 - `.pt` files that appear only when whole and are read without unpickling code
 
-Twin of `flax_model/backend.py`.
+Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Its zip format has a checksum for every tensor, and one for what lies beside them; both are verified before anything is
 used, since torch itself does not.
 
-Twin of `flax_model/checkpoint.py`.
+Twins: `torch_ref/checkpoint.py`, `flax_model/checkpoint.py`.
 """
 
 from __future__ import annotations

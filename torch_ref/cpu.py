@@ -8,7 +8,9 @@ on other devices, and on processors without the weakness, each of these function
 - `return_freed_blocks`, for glibc, in runs that rematerialise: 13.5 instead of 16.1 GB for `smol-774m`, for 3 to 7 % of
   the speed
 
-How it was measured is in docs/performance.md. Twin of `flax_model/cpu.py`.
+How it was measured is in docs/performance.md.
+
+Twins: `torch_ref/cpu.py`, `flax_model/cpu.py`.
 """
 
 from __future__ import annotations

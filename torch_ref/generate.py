@@ -10,7 +10,8 @@
 
 Slots of the cache: prompts fill the first ones, each up to its length; the new tokens of all rows follow at the width
 of the padded prompts. A token's position is in its rotated key, so slots in between that hold nothing do no harm.
-Twin of `flax_model/generate.py`.
+
+Twins: `torch_ref/generate.py`, `flax_model/generate.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The layers that everything else is made of: a linear map, RMSNorm and the SwiGLU MLP.
 
 Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly:
-there is no autocast. Twin of `flax_model/layers.py`.
+there is no autocast.
+
+Twins: `torch_ref/layers.py`, `flax_model/layers.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ def product(
 ) -> Float[Tensor, "*batch rows outputs"]:
     """x @ weight.T in the dtype of `x`."""
     return linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
+
+
+def wide_product(
+    x: Float[Tensor, "*batch rows inputs"], weight: Float[Tensor, "outputs inputs"]
+) -> Float[Tensor, "*batch rows outputs"]:
+    """`product` in float32 or wider: in bfloat16 torch rounds what it has summed, which is then widened."""
+    return wide(product(x, weight))
 
 
 def rms_norm(

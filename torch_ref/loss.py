@@ -2,7 +2,9 @@
 
 At 2048 tokens and 49,152 entries the logits are 400 MB, and their gradient as much again. Here only a chunk of tokens
 has logits at a time, and its gradient is taken at once, while they are at hand: the backward pass then only scales
-what was saved, one product of four less than recomputing the logits. Twin of `flax_model/loss.py`.
+what was saved, one product of four less than recomputing the logits.
+
+Twins: `torch_ref/loss.py`, `flax_model/loss.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 - mixture of experts with a shared expert, balanced by bias (`moe.py`); the first layers may be dense
 - gradient checkpointing of the experts' activations, or of whole layers
 
-Twin of `flax_model/model.py`.
+Twins: `torch_ref/model.py`, `flax_model/model.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_ref.attention import Attention
-from torch_ref.layers import RMSNorm, SwiGLU, product, wide
+from torch_ref.layers import RMSNorm, SwiGLU, wide, wide_product
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import MoE, MoEOutput
 from torch_ref.rotary import Rope, make_rope
@@ -109,9 +109,10 @@ class Model(nn.Module):
         self, tokens: Int[Tensor, "batch seq"], compute: ComputeConfig, keep_hidden: bool = False
     ) -> ForwardOutput:
         """Raises ValueError where seq is longer than the context. `compute` must be resolved (no `auto`)."""
+        config = self.config
         batch, seq = tokens.shape
-        if seq > self.config.max_position:
-            raise ValueError(f"{seq} tokens do not fit the context of max_position = {self.config.max_position}")
+        if seq > config.max_position:
+            raise ValueError(f"{seq} tokens do not fit the context of max_position = {config.max_position}")
         dtype = getattr(torch, compute.dtype)
         rope = self._kept_rope(seq, dtype, tokens.device)
         x = F.embedding(tokens.long(), self.embed_tokens.weight).to(dtype)
@@ -128,7 +129,7 @@ class Model(nn.Module):
                 counts.append(moe.expert_counts)
             if keep_hidden:
                 layers.append(x)
-        expert_counts = torch.stack(counts) if counts else tokens.new_zeros(0, self.config.n_routed_experts)
+        expert_counts = torch.stack(counts) if counts else tokens.new_zeros(0, config.n_routed_experts)
         return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers if keep_hidden else None)
 
     def _kept_rope(self, length: int, dtype: torch.dtype, device: torch.device) -> Rope:
@@ -141,7 +142,7 @@ class Model(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         """Scores of the next token, float32 or wider, by the embedding (tied)."""
-        return wide(product(hidden, self.embed_tokens.weight))
+        return wide_product(hidden, self.embed_tokens.weight)
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype) -> Tensor:
@@ -171,8 +172,8 @@ def objective(
     their gradients, add up to the whole batch's, also where micro-batches score different numbers of targets.
     """
     output = model(inputs, compute)
-    hidden = output.hidden.flatten(0, 1)
-    loss_sum = cross_entropy(hidden, model.embed_tokens.weight, targets.flatten(), compute.loss_chunk)
+    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+    loss_sum = cross_entropy(hidden, model.embed_tokens.weight, targets.reshape(-1), compute.loss_chunk)
     balance_sum = output.balance_loss.sum()
     total = loss_sum / target_count + model.config.balance_loss_coef * balance_sum / sequence_count
     return total, Parts(loss_sum.detach(), balance_sum.detach(), output.expert_counts)

@@ -7,12 +7,13 @@
 
 The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`:
 `dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
-active experts; `blocks` does so in static shapes without a host sync, for MPS. Twin of `flax_model/moe.py`.
+active experts; `blocks` does so in static shapes without a host sync, for MPS.
+
+Twins: `torch_ref/moe.py`, `flax_model/moe.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_ref.cpu import operand
-from torch_ref.layers import SwiGLU, product, wide
+from torch_ref.grouped_experts import count_experts, cut_blocks, grouped_experts
+from torch_ref.layers import SwiGLU, wide
 from torch_ref.spec.config import ModelConfig
 
 BLOCK = 64
@@ -55,16 +56,11 @@ def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "token
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def count_experts(chosen: Int[Tensor, "*batch topk"], experts: int) -> Int[Tensor, " experts"]:
-    """Tokens each expert takes. By comparison: `histc` and `bincount` sync the host or fail on MPS."""
-    return (chosen.reshape(-1, 1) == torch.arange(experts, device=chosen.device)).sum(0)
-
-
 def sequence_balance_loss(scores: Float[Tensor, "batch seq experts"], topk: int) -> Float[Tensor, " batch"]:
     """DeepSeek-V3's equations 17-20 for each sequence: sum over experts of f * P, with f the expert's share of the
     sequence's top-k choices by unbiased score (1 when balanced) and P its mean normalised score."""
-    seq, experts = scores.shape[1:]
-    chosen = top_k(scores.detach().flatten(0, 1), topk).reshape(scores.shape[0], -1, 1)
+    batch, seq, experts = scores.shape
+    chosen = top_k(scores.detach().reshape(-1, experts), topk).reshape(batch, -1, 1)
     load = (chosen == torch.arange(experts, device=scores.device)).sum(1).to(scores.dtype)
     fraction = load * (experts / (topk * seq))
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
@@ -83,8 +79,8 @@ def updated_balance_bias(
 def experts_dense(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
     """Every expert on every token, combined with a [tokens, experts] matrix that is zero where not chosen."""
     experts = gate.shape[0]
-    chosen = routing.chosen.unsqueeze(-1) == torch.arange(experts, device=x.device)
-    combine = (chosen * routing.weights.unsqueeze(-1)).sum(1)
+    chosen = routing.chosen[..., None] == torch.arange(experts, device=x.device)
+    combine = (chosen * routing.weights[..., None]).sum(1)
     out = torch.zeros_like(wide(x))
     for expert in range(experts):
         g, u, d = (weight[expert].to(x.dtype) for weight in (gate, up, down))
@@ -103,120 +99,7 @@ def experts_grouped(
 ) -> Float[Tensor, "tokens hidden"]:
     """Rows sorted by expert, one product per expert on just its rows. `remat` drops the gate and up products after the
     forward pass and computes them again in the backward pass: 2 more products than 9, for 2 * ffn values a row."""
-    run = _GroupedExperts.apply if _all_at_once(x, gate) else _one_by_one
-    return run(x, routing.chosen, routing.weights, gate, up, down, remat)
-
-
-def _all_at_once(x: Float[Tensor, "tokens hidden"], gate: Float[Tensor, "experts ffn hidden"]) -> bool:
-    """Whether to run the experts in grouped kernels. They ask the host for nothing, and `torch.compile` sees through
-    them."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and grouped_kernels_take(*gate.shape[1:])
-
-
-def grouped_kernels_take(ffn: int, hidden: int) -> bool:
-    """Whether rows of both sizes, in bfloat16, are whole 16 bytes."""
-    return ffn % 8 == 0 and hidden % 8 == 0
-
-
-@torch.compiler.disable
-def _one_by_one(*operands):
-    """The experts where the host has to know how many rows each of them has: no part of a compiled layer."""
-    return _GroupedExperts.apply(*operands)
-
-
-class _GroupedExperts(torch.autograd.Function):
-    """One expert after the other, all three products of each while its activations are in the cache; or all experts at
-    once, in grouped kernels (`_all_at_once`). The routing weight enters before the down projection, so the
-    backward pass never needs the experts' outputs."""
-
-    @staticmethod
-    def forward(ctx, x, chosen, weights, gate, up, down, remat):
-        topk = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)  # sorted row -> position in the flattened choices
-        inverse = order.argsort()
-        ends = count_experts(chosen, gate.shape[0]).cumsum(0)
-        rows = x[order // topk]
-        row_weights = weights.flatten()[order].to(x.dtype)[:, None]
-        out, products = [], []
-        for part, experts, offsets in _groups(rows, ends, gate):
-            gated = grouped_product(rows[part], gate[experts], offsets)
-            raised = grouped_product(rows[part], up[experts], offsets)
-            activation = F.silu(gated).mul_(raised).mul_(row_weights[part])
-            out.append(grouped_product(activation, down[experts], offsets))
-            products += () if remat else (gated, raised)
-        ctx.save_for_backward(x, order, inverse, ends, weights, gate, up, down, *products)
-        return torch.cat(out)[inverse].unflatten(0, (-1, topk)).sum(1)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x, order, inverse, ends, weights, gate, up, down, *products = ctx.saved_tensors
-        topk = weights.shape[1]
-        rows, upstream = x[order // topk], upstream[order // topk]
-        row_weights = weights.flatten()[order].to(x.dtype)[:, None]
-        d_rows, d_weights = [], []
-        d_gate, d_up, d_down = (torch.empty_like(weight) for weight in (gate, up, down))
-        for number, (part, experts, offsets) in enumerate(_groups(rows, ends, gate)):
-            r, w, d_out = rows[part], row_weights[part], upstream[part]
-            if products:
-                gated, raised = products[2 * number : 2 * number + 2]
-            else:
-                gated = grouped_product(r, gate[experts], offsets)
-                raised = grouped_product(r, up[experts], offsets)
-            sigmoid = gated.sigmoid()
-            silu = gated * sigmoid
-            activation = silu * raised
-            d_weighted = grouped_product(d_out, down[experts].transpose(1, 2), offsets)
-            d_weights.append((d_weighted * activation).sum(-1, dtype=weights.dtype))
-            grouped_outer(d_out, activation.mul_(w), offsets, out=d_down[experts])
-            d_activation = d_weighted.mul_(w)
-            # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
-            slope = sigmoid.addcmul_(silu, 1 - sigmoid)
-            d_raised = silu.mul_(d_activation)
-            d_gated = d_activation.mul_(raised).mul_(slope)
-            grouped_outer(d_gated, r, offsets, out=d_gate[experts])
-            grouped_outer(d_raised, r, offsets, out=d_up[experts])
-            d_r = grouped_product(d_gated, gate[experts].transpose(1, 2), offsets)
-            d_rows.append(d_r.add_(grouped_product(d_raised, up[experts].transpose(1, 2), offsets)))
-        d_x = torch.cat(d_rows)[inverse].unflatten(0, (-1, topk)).sum(1)
-        return d_x, None, torch.cat(d_weights)[inverse].view_as(weights), d_gate, d_up, d_down, None
-
-
-def _groups(rows: Tensor, ends: Int[Tensor, " experts"], gate: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """What is computed together: which sorted rows, of which experts, and where each of these ends among the rows. One
-    expert at a time, which has no ends (None); or all of them."""
-    if _all_at_once(rows, gate):
-        yield slice(None), slice(None), ends.int()  # no transfer to the host
-        return
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        yield slice(start, end), slice(expert, expert + 1), None
-        start = end
-
-
-def grouped_product(
-    rows: Float[Tensor, "rows inputs"],
-    weight: Float[Tensor, "experts outputs inputs"],
-    ends: Int[Tensor, " experts"] | None,
-) -> Float[Tensor, "rows outputs"]:
-    """rows[i] @ weight[e].T for the expert e whose rows end at ends[e]; without `ends`, for the only expert."""
-    if ends is None:
-        return product(rows, weight[0])
-    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=ends)
-
-
-def grouped_outer(
-    left: Float[Tensor, "rows outputs"],
-    right: Float[Tensor, "rows inputs"],
-    ends: Int[Tensor, " experts"] | None,
-    out: Float[Tensor, "experts outputs inputs"],
-) -> None:
-    """out[e] = left.T @ right over each expert's rows: the gradient of `grouped_product` for its weight."""
-    if ends is not None:
-        out.copy_(F.grouped_mm(left.T, right, offs=ends))
-    elif out.dtype == left.dtype:
-        torch.mm(left.T, right, out=out[0])
-    else:
-        out[0] = operand(left).T @ operand(right)
+    return grouped_experts(x, routing.chosen, routing.weights, gate, up, down, remat)
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
@@ -225,31 +108,19 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Te
     layers can be rematerialised around it)."""
     tokens, topk = routing.chosen.shape
     experts = gate.shape[0]
-    flat = routing.chosen.flatten()
-    one_hot = (flat[:, None] == torch.arange(experts, device=x.device)).long()
-    counts = one_hot.sum(0)
-    block_ends = ((counts + BLOCK - 1) // BLOCK).cumsum(0)
-    first_row = (block_ends - (counts + BLOCK - 1) // BLOCK) * BLOCK
-    # A choice's row: where its expert starts, plus how many earlier choices took the same expert.
-    rank = ((one_hot.cumsum(0) - 1) * one_hot).sum(1)
-    slot = first_row[flat] + rank
-    blocks = min(-(-tokens * topk // BLOCK) + experts, experts * -(-tokens // BLOCK))
-    expert_of_block = (torch.arange(blocks, device=x.device)[:, None] >= block_ends).sum(1).clamp(max=experts - 1)
-
-    source = torch.full((blocks * BLOCK,), tokens * topk, device=x.device).scatter(
-        0, slot, torch.arange(tokens * topk, device=x.device)
-    )
-    padded = torch.cat((x.repeat_interleave(topk, 0), x.new_zeros(1, x.shape[1])))
-    rows = padded[source].unflatten(0, (blocks, BLOCK))
+    blocks = cut_blocks(routing.chosen, experts, BLOCK)
+    padded = torch.cat((x.repeat_interleave(topk, 0), torch.zeros_like(x[:1])))
+    rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
-    pick = (expert_of_block[:, None] == torch.arange(experts, device=x.device)).to(x.dtype)
+    pick = (blocks.expert[:, None] == torch.arange(experts, device=x.device)).to(x.dtype)
 
-    def blockwise(rows: Tensor, weight: Tensor) -> Tensor:
+    def blockwise(rows, weight):
         chosen = (pick @ weight.to(x.dtype).flatten(1)).unflatten(1, weight.shape[1:])
         return rows @ chosen.transpose(1, 2)
 
-    out = blockwise(F.silu(blockwise(rows, gate)) * blockwise(rows, up), down).flatten(0, 1)
-    per_choice = wide(out[slot].unflatten(0, (tokens, topk))) * routing.weights.unsqueeze(-1)
+    gated, raised = blockwise(rows, gate), blockwise(rows, up)
+    out = blockwise(F.silu(gated) * raised, down).reshape(-1, x.shape[1])
+    per_choice = wide(out[blocks.slot].reshape(tokens, topk, -1)) * routing.weights[..., None]
     return per_choice.sum(1).to(x.dtype)
 
 
@@ -263,7 +134,7 @@ class MoEOutput(NamedTuple):
 
 
 class Router(nn.Module):
-    """Its weight, and the balance bias: a buffer that neither the gradient nor the optimizer sees."""
+    """Its weight, and the balance bias, which neither the gradient nor the optimizer sees."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -303,10 +174,11 @@ class MoE(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq hidden"], path: str, remat: bool) -> MoEOutput:
         """`path` is a key of `EXPERT_PATHS`; `remat` recomputes the experts' activations in the backward pass."""
         config = self.config
-        tokens = x.flatten(0, 1)
+        tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens)
-        out = self.experts(tokens, routing, path, remat).view_as(x)
+        out = self.experts(tokens, routing, path, remat).reshape(x.shape)
         if config.n_shared_experts:
             out = out + self.shared_expert(x)
-        balance = sequence_balance_loss(routing.scores.unflatten(0, x.shape[:2]), config.num_experts_per_tok)
+        scores = routing.scores.reshape(*x.shape[:2], -1)
+        balance = sequence_balance_loss(scores, config.num_experts_per_tok)
         return MoEOutput(out, balance, count_experts(routing.chosen, config.n_routed_experts))

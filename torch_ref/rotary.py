@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021) on interleaved pairs, from the table in `parameters.py`.
 
-Twin of `flax_model/rotary.py`.
+Twins: `torch_ref/rotary.py`, `flax_model/rotary.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def make_rope(config: ModelConfig, length: int, dtype: torch.dtype, device: torc
 def apply_rope(x: Float[Tensor, "*batch heads rope"], rope: Rope) -> Float[Tensor, "*batch heads rope"]:
     """Turn each pair (x[2i], x[2i+1]) by its position's angle i; float32 or wider inside."""
     even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2)
+    cos, sin = rope.cos[..., None, :], rope.sin[..., None, :]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    return turned.reshape(x.shape).to(x.dtype)

@@ -15,7 +15,7 @@ import torch
 
 from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, batch
 from torch_ref import backend as torch_backend
-from torch_ref import device, model, moe
+from torch_ref import device, grouped_experts, model, moe
 from torch_ref.backend import TorchBackend
 from torch_ref.spec.config import PRESETS
 
@@ -45,7 +45,7 @@ def trained(dtype, compile, steps=2, **compute):
 @pytest.mark.parametrize("remat", ["off", "experts", "layers"])
 def test_a_layer_is_compiled_whole_and_once_for_all_layers(tracing, monkeypatch, remat):
     """With the grouped kernels, as on CUDA: no break in a layer, one graph for each kind of layer, the same bits."""
-    monkeypatch.setattr(moe, "_all_at_once", lambda x, gate: True)
+    monkeypatch.setattr(grouped_experts, "_all_at_once", lambda x, gate: True)
     monkeypatch.setattr("torch_ref.cpu.HALF_PRODUCTS", True)
     expected, reports = trained("bfloat16", "off", remat=remat)
     compiled, compiled_reports = trained("bfloat16", "on", remat=remat)
@@ -68,7 +68,7 @@ def test_grouped_kernels_are_the_experts_one_by_one(monkeypatch):
     for remat in (False, True):
         results = []
         for at_once in (False, True):
-            monkeypatch.setattr(moe, "_all_at_once", lambda x, gate, at_once=at_once: at_once)
+            monkeypatch.setattr(grouped_experts, "_all_at_once", lambda x, gate, at_once=at_once: at_once)
             leaves = [leaf.clone().requires_grad_() for leaf in (x, weights, gate, up, down)]
             out = moe.experts_grouped(leaves[0], moe.Routing(chosen, leaves[1], scores), *leaves[2:], remat)
             results.append([out, *torch.autograd.grad(out, leaves, upstream)])
@@ -83,7 +83,7 @@ def test_grouped_kernels_are_the_experts_one_by_one(monkeypatch):
 def test_operands_of_grouped_kernels(monkeypatch, hidden, ffn):
     """Strides and shapes of all nine products are held to CUDA's rules, forward and backward, on tensors without
     values; and the sizes that break them are those that are not given to the kernels."""
-    monkeypatch.setattr(moe, "_all_at_once", lambda x, gate: True)
+    monkeypatch.setattr(grouped_experts, "_all_at_once", lambda x, gate: True)
     bfloat16, float32 = ({"device": "meta", "dtype": dtype} for dtype in (torch.bfloat16, torch.float32))
     shapes = (33, 2), (8, ffn, hidden), (8, ffn, hidden), (8, hidden, ffn)
     weights, *experts = (torch.empty(shape, **float32, requires_grad=True) for shape in shapes)
@@ -97,7 +97,7 @@ def test_operands_of_grouped_kernels(monkeypatch, hidden, ffn):
             gradients = torch.autograd.grad(out, (x, weights, *experts), torch.empty_like(out))
             assert [g.dtype for g in gradients] == [torch.bfloat16, *[torch.float32] * 4]
 
-    if moe.grouped_kernels_take(ffn, hidden):
+    if grouped_experts.grouped_kernels_take(ffn, hidden):
         run()
     else:
         with pytest.raises(RuntimeError, match="multiple of 16 bytes"):

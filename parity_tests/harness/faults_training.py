@@ -15,7 +15,7 @@ from parity_tests.harness import training
 from parity_tests.harness.cases import CONFIG
 from parity_tests.harness.faults_experts import routed, summed_loss
 from parity_tests.harness.mutations import mutation
-from torch_ref import attention, backend, loss, moe
+from torch_ref import attention, backend, grouped_experts, loss, moe
 
 # --- Gradients: the forward pass is right ---------------------------------------------------------------------------
 
@@ -40,13 +40,13 @@ def _():
 
 @mutation("weight gradients of two experts swapped", "gradient", "layers.2.mlp.experts.down_proj")
 def _():
-    original = moe._GroupedExperts.backward
+    original = grouped_experts._GroupedExperts.backward
 
     def swapped(ctx, upstream):
         *others, d_down, remat = original(ctx, upstream)
         return *others, d_down[[1, 0, *range(2, CONFIG.n_routed_experts)]], remat
 
-    return mock.patch.object(moe._GroupedExperts, "backward", staticmethod(swapped))
+    return mock.patch.object(grouped_experts._GroupedExperts, "backward", staticmethod(swapped))
 
 
 def hidden_gradient(hook: Callable) -> AbstractContextManager:

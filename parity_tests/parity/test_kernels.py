@@ -198,7 +198,9 @@ def test_attention_paths_against_the_plain_one(framework, path, seq, monkeypatch
     if framework == "flax":
         if seq not in (1, 65, 300):
             pytest.skip("a compilation each; these lengths have a block's part, a block and more, and several")
-        monkeypatch.setattr(attention, "QUERY_BLOCK", 64)  # several blocks, without the sizes that 256 would take
+        monkeypatch.setattr(
+            module(framework, "fused_attention"), "QUERY_BLOCK", 64
+        )  # several blocks, without the sizes that 256 would take
     operands = attention_operands(seq, np.float64)
     upstream = np.random.default_rng(1).standard_normal((2, seq, 6, 14))
     got, expected = (
@@ -221,7 +223,7 @@ def test_no_position_sees_a_later_one(framework, path, seq, dtype, monkeypatch):
     """Changing keys and values from some position on leaves every earlier output as it was, to the bit."""
     attention = module(framework, "attention")
     if framework == "flax":
-        monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+        monkeypatch.setattr(module(framework, "fused_attention"), "QUERY_BLOCK", 16)
 
     def attend(operands):
         if framework == "torch":

@@ -73,7 +73,8 @@ def test_no_buffer_is_copied_into_a_branch():
 
     import jax.numpy as jnp
 
-    from flax_model.moe import Routing, chunk_sizes, experts_grouped
+    from flax_model.grouped_experts import chunk_sizes
+    from flax_model.moe import Routing, experts_grouped
 
     tokens, experts, hidden, ffn = 256, 4, 32, 48
     shapes = [(tokens, hidden), (tokens, 2), (experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn)]
