@@ -32,7 +32,7 @@ from jax.stages import Compiled
 from jaxtyping import Float, Int
 
 from flax_model.checkpoint import Checkpoints
-from flax_model.device import describe, mesh_devices, peak_memory, resolve_compute, resolve_device, trace
+from flax_model.device import describe, peak_memory, resolve_compute, resolve_device, trace
 from flax_model.model import from_values, merge, objective, structure
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import (
@@ -45,6 +45,7 @@ from flax_model.sharding import (
     gathered_embedding,
     global_norm,
     make_mesh,
+    mesh_devices,
     per_device,
     replicated,
     sum_gradients,

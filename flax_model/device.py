@@ -22,7 +22,7 @@ import jax
 from flax_model import grouped_kernels
 from flax_model.attention import ATTENTION_PATHS
 from flax_model.moe import EXPERT_PATHS
-from flax_model.sharding import AXES, MeshShape
+from flax_model.sharding import MeshShape, mesh_words
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available, process_peak
@@ -39,23 +39,6 @@ def resolve_device(name: str) -> jax.Device:
         usable = ", ".join(sorted({"cpu", jax.default_backend()}))
         hint = "; python -m torch_ref.train trains on MPS" if name == "mps" else ""
         raise UserError(f"--device {name}: not available to this JAX; here it can use {usable}{hint}") from error
-
-
-def mesh_devices(first: jax.Device, shape: MeshShape) -> list[jax.Device]:
-    """The devices of a mesh: `first`, or as many of its platform as the shape takes. Raises `UserError` where there are
-    not as many, or some would be left idle by one of several processes."""
-    wanted = math.prod(shape)
-    if wanted == 1:
-        return [first]
-    found = jax.devices(first.platform)
-    if wanted > len(found) or (wanted < len(found) and jax.process_count() > 1):
-        raise UserError(f"--mesh {mesh_words(shape)}: takes {wanted} devices, and there are {len(found)}")
-    return found[:wanted]
-
-
-def mesh_words(shape: MeshShape) -> str:
-    """As `--mesh` takes it."""
-    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
 
 
 def describe(device: jax.Device, shape: MeshShape = (1, 1, 1)) -> str:

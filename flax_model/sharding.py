@@ -27,6 +27,7 @@ from jaxtyping import Array, Shaped
 from numpy.typing import DTypeLike
 
 from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
 AXES = ("data", "fsdp", "expert")
@@ -37,6 +38,23 @@ MeshShape = tuple[int, int, int]
 
 Tree = dict
 """Nested dict with the paths of `parameters.flax_path`."""
+
+
+def mesh_devices(first: jax.Device, shape: MeshShape) -> list[jax.Device]:
+    """The devices of a mesh: `first`, or as many of its platform as the shape takes. Raises `UserError` where there are
+    not as many, or some would be left idle by one of several processes."""
+    wanted = math.prod(shape)
+    if wanted == 1:
+        return [first]
+    found = jax.devices(first.platform)
+    if wanted > len(found) or (wanted < len(found) and jax.process_count() > 1):
+        raise UserError(f"--mesh {mesh_words(shape)}: takes {wanted} devices, and there are {len(found)}")
+    return found[:wanted]
+
+
+def mesh_words(shape: MeshShape) -> str:
+    """As `--mesh` takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
 
 
 def make_mesh(devices: Sequence[jax.Device], shape: MeshShape) -> Mesh:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
-from torch_ref.device import compile_checked, describe, fused_adamw, peak_memory, resolve_compute, resolve_device, trace
+from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, trace
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
+from torch_ref.self_check import compile_checked, fused_adamw
 from torch_ref.spec.checkpoint import make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState

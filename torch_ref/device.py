@@ -1,30 +1,24 @@
 """Where torch computes: which device, in which precision, and by which attention and expert paths.
 
-On Apple's MPS several fused operations have been wrong in released versions of torch, in ways that no error shows. So
-there the paths avoid what is known (an explicit mask, padded values, static shapes). Before training, there and on
-CUDA, whose grouped products have left gradients of idle experts unwritten on some cards (pytorch #172439), the paths
-are compared on the device itself with the plain paths on the CPU.
+Before training, off the CPU, the paths are checked on the device itself (`self_check.py`).
+
+Twins: `torch_ref/device.py`, `flax_model/device.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from torch_ref.attention import ATTENTION_PATHS, attend_plain
-from torch_ref.layers import wide
-from torch_ref.model import Block, Model, compiled_layer, run_layer
-from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
-from torch_ref.rotary import make_rope
+from torch_ref.attention import ATTENTION_PATHS
+from torch_ref.moe import EXPERT_PATHS
+from torch_ref.self_check import self_checked
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available, process_peak
@@ -107,169 +101,3 @@ def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConf
     compiled = ("on" if device.type == "cuda" else "off") if compute.compile == "auto" else compute.compile
     compute = dataclasses.replace(compute, attention=attention, moe=moe, compile=compiled)
     return compute if device.type == "cpu" else self_checked(compute, device)
-
-
-def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
-    """The same settings, with a path that fails its check on this device replaced, with a warning, by the plain one.
-    Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
-    for option, plain, check in (("attention", "plain", attention_error), ("moe", "dense", experts_error)):
-        path = getattr(compute, option)
-        problem = _tried(check, path, compute.dtype, device)
-        if problem and path != plain:
-            warnings.warn(
-                f"--{option} {path} is wrong on {describe(device)}: {problem}; using the slower {plain}", stacklevel=2
-            )
-            compute = dataclasses.replace(compute, **{option: plain})
-            path, problem = plain, _tried(check, plain, compute.dtype, device)
-        if problem:
-            raise UserError(
-                f"--device {device.type}: even --{option} {path} is wrong on {describe(device)}: {problem}; "
-                "use --device cpu or another version of torch"
-            )
-    if problem := optimizer_error(device):
-        raise UserError(f"--device {device.type}: {problem}; use --device cpu or another version of torch")
-    return compute
-
-
-def _tried(check: Callable[..., str | None], *arguments) -> str | None:
-    """What a check finds; a path that fails outright is wrong too."""
-    try:
-        return check(*arguments)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-
-
-def attention_error(path: str, dtype: str, device: torch.device) -> str | None:
-    """Why an attention path cannot be trusted on `device`, or None: no position may see a later one, and output and
-    gradients must be those of the plain path on the CPU. Key and value sizes differ, as in the model."""
-    generator = torch.Generator().manual_seed(0)
-    for seq in (1, 2, 5, 64, 96):
-        shapes = ((2, seq, 6, 24), (2, seq, 2, 24), (2, seq, 2, 16), (2, seq, 6, 16))
-        *operands, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
-        operands = [operand.to(getattr(torch, dtype)) for operand in operands]
-
-        def attend(function, operands, device, upstream=upstream):
-            return _with_gradients(lambda q, k, v: function(q, k, v, 24**-0.5), operands, upstream, device)
-
-        got = attend(ATTENTION_PATHS[path], operands, device)
-        if problem := _difference(got, attend(attend_plain, operands, torch.device("cpu")), dtype):
-            return f"{problem} at length {seq}"
-        half = seq // 2
-        changed = [torch.cat((operand[:, :half], -operand[:, half:]), dim=1) for operand in operands]
-        seen = attend(ATTENTION_PATHS[path], changed, device)[0]
-        if half and _difference([seen[:, :half]], [got[0][:, :half]], dtype):
-            return f"later tokens leak into earlier ones at length {seq}"
-    return None
-
-
-def experts_error(path: str, dtype: str, device: torch.device) -> str | None:
-    """Why an expert path cannot be trusted on `device`, or None: output and gradients must be those of all experts on
-    all tokens on the CPU, with an expert that gets every token and one that gets none."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, experts, hidden, ffn = 150, 5, 24, 40
-    shapes = (
-        (tokens, hidden),
-        (experts, ffn, hidden),
-        (experts, ffn, hidden),
-        (experts, hidden, ffn),
-        (tokens, hidden),
-    )
-    *operands, upstream = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
-    operands = [operands[0].to(getattr(torch, dtype)), *operands[1:]]
-    scores = torch.rand(tokens, experts, generator=generator)
-    scores[:, 1], scores[:, 3] = 2.0, -1.0
-    chosen = top_k(scores, 2)
-    weights = torch.rand(tokens, 2, generator=generator)
-
-    def run(function, device):
-        def apply(x, weights, gate, up, down):
-            return function(x, Routing(chosen.to(device), weights, scores.to(device)), gate, up, down, False)
-
-        return _with_gradients(apply, [operands[0], weights, *operands[1:]], upstream, device)
-
-    return _difference(run(EXPERT_PATHS[path], device), run(experts_dense, torch.device("cpu")), dtype)
-
-
-def optimizer_error(device: torch.device) -> str | None:
-    """In-place updates have silently done nothing on some devices: whether a step of AdamW moves every weight."""
-    weight = torch.nn.Parameter(torch.ones(8, 8, device=device))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused_adamw(device))
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    return None if bool((weight < 1).all()) else "AdamW does not move the weights there"
-
-
-def compile_checked(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> ComputeConfig:
-    """The same settings; without compiled layers, with a warning, if they cannot be made or are wrong."""
-    problem = compile_error(compute, model, tokens)
-    if problem is None:
-        return compute
-    warnings.warn(f"--compile on: {problem}; layers run uncompiled, slower", stacklevel=2)
-    return dataclasses.replace(compute, compile="off")
-
-
-def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> str | None:
-    """Why compiled layers cannot be used for batches of this shape, or None. Of the first layer of each kind, output
-    and gradients must be those of the layer itself. The two round differently, and rounding chooses other experts for a
-    token now and then: nine tokens of ten have to agree, and the gradients of parameters by and large."""
-    tolerance = {"bfloat16": 5e-2, "float32": 1e-3}.get(compute.dtype, 1e-6)
-    for block in {block.dense: block for block in reversed(model.layers)}.values():
-        try:
-            got = layer_pass(compiled_layer(), model, block, tokens, compute)()
-        except Exception as error:  # of many kinds: no compiler, a kernel that does not fit, a fault of torch's own
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-        expected = layer_pass(run_layer, model, block, tokens, compute)()
-        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-            per_token = index < 2
-            error = (wide(a) - wide(b)).norm(dim=-1) / wide(b).norm(dim=-1) if per_token else (a - b).norm() / b.norm()
-            if not float(error.flatten().sort().values[int(0.9 * error.numel())]) <= (tolerance if per_token else 0.5):
-                return f"{('output', 'gradient')[index > 0]} of a compiled layer is wrong"
-    return None
-
-
-def layer_pass(
-    function: Callable, model: Model, block: Block, tokens: Int[Tensor, "batch seq"], compute: ComputeConfig
-) -> Callable[[], list[Tensor]]:
-    """A forward and backward pass of one layer on the embeddings of tokens by `run_layer`, or by it compiled: gives
-    output, gradient of the input and gradients of the parameters, done when it returns."""
-    dtype = getattr(torch, compute.dtype)
-    rope = make_rope(model.config, tokens.shape[1], dtype, tokens.device)
-    x = model.embed_tokens.weight.detach()[tokens.long()].to(dtype)
-    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-
-    def run() -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        out, _ = function(block, leaf, rope, compute)
-        results = [out.detach(), *torch.autograd.grad(out, [leaf, *block.parameters()], upstream)]
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
-        return results
-
-    return run
-
-
-def fused_adamw(device: torch.device) -> bool:
-    """Whether to use torch's one-kernel AdamW: on MPS its plain form is the better tested one."""
-    return device.type in ("cpu", "cuda")
-
-
-def _with_gradients(function, operands: list[Tensor], upstream: Tensor, device: torch.device) -> list[Tensor]:
-    """Output of `function`, and the gradients of its operands for an upstream gradient, all on the CPU."""
-    leaves = [operand.to(device).detach().clone().requires_grad_() for operand in operands]
-    # Freed, this is what the function is given as fresh memory: values that it leaves unwritten then show.
-    poison = [torch.full_like(leaf, float("nan")) for leaf in leaves for _ in range(4)]
-    del poison
-    out = function(*leaves)
-    gradients = torch.autograd.grad(out, leaves, upstream.to(device=device, dtype=out.dtype))
-    return [tensor.detach().cpu() for tensor in (out, *gradients)]
-
-
-def _difference(got: list[Tensor], expected: list[Tensor], dtype: str) -> str | None:
-    """The first error that is larger than rounding explains, relative to the largest expected value."""
-    tolerance = 4e-2 if dtype == "bfloat16" else 1e-4
-    scale = max(float(tensor.abs().max()) for tensor in expected if tensor.numel())
-    for what, a, b in zip(("output", *["gradient"] * len(got)), got, expected, strict=False):
-        error = float((a.double() - b.double()).abs().max()) / scale if a.numel() else 0.0
-        if not error <= tolerance:
-            return f"{what} off by {error:.1e} of the largest value"
-    return None

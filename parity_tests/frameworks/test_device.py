@@ -28,6 +28,15 @@ def device():
     return device
 
 
+@pytest.fixture
+def self_check():
+    """torch_ref.self_check, where torch is installed."""
+    pytest.importorskip("torch")
+    from torch_ref import self_check
+
+    return self_check
+
+
 @pytest.mark.parametrize(
     "cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")]
 )
@@ -83,7 +92,7 @@ def test_paths_of_each_device(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_self_check_passes_what_is_right(device, recwarn, dtype):
+def test_self_check_passes_what_is_right(self_check, recwarn, dtype):
     import torch
 
     from torch_ref.attention import ATTENTION_PATHS
@@ -91,11 +100,11 @@ def test_self_check_passes_what_is_right(device, recwarn, dtype):
 
     cpu = torch.device("cpu")
     for attention in ATTENTION_PATHS:
-        assert device.attention_error(attention, dtype, cpu) is None
+        assert self_check.attention_error(attention, dtype, cpu) is None
     for moe in EXPERT_PATHS:
-        assert device.experts_error(moe, dtype, cpu) is None
+        assert self_check.experts_error(moe, dtype, cpu) is None
     compute = ComputeConfig(dtype, attention="masked", moe="blocks")
-    assert device.self_checked(compute, cpu) == compute
+    assert self_check.self_checked(compute, cpu) == compute
     assert not recwarn.list
 
 
@@ -126,53 +135,55 @@ def _not_a_number(q, k, v, scale):
 
 @pytest.mark.parametrize("broken", [_leaks, _forgets_scale, _not_a_number])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_wrong_attention_is_replaced_with_a_warning(device, monkeypatch, broken, dtype):
+def test_wrong_attention_is_replaced_with_a_warning(self_check, monkeypatch, broken, dtype):
     import torch
 
-    monkeypatch.setitem(device.ATTENTION_PATHS, "masked", broken)
+    monkeypatch.setitem(self_check.ATTENTION_PATHS, "masked", broken)
     with pytest.warns(UserWarning, match="--attention masked is wrong.*using the slower plain"):
-        settled = device.self_checked(ComputeConfig(dtype, attention="masked", moe="blocks"), torch.device("cpu"))
+        settled = self_check.self_checked(ComputeConfig(dtype, attention="masked", moe="blocks"), torch.device("cpu"))
     assert (settled.attention, settled.moe) == ("plain", "blocks")
 
 
-def test_wrong_experts_are_replaced_with_a_warning(device, monkeypatch):
+def test_wrong_experts_are_replaced_with_a_warning(self_check, monkeypatch):
     import torch
 
-    right = device.EXPERT_PATHS["blocks"]
+    right = self_check.EXPERT_PATHS["blocks"]
 
     def drops_a_choice(x, routing, gate, up, down, remat):
         weights = routing.weights.clone()
         weights[-1, 1] = 0
         return right(x, routing._replace(weights=weights), gate, up, down, remat)
 
-    monkeypatch.setitem(device.EXPERT_PATHS, "blocks", drops_a_choice)
+    monkeypatch.setitem(self_check.EXPERT_PATHS, "blocks", drops_a_choice)
     with pytest.warns(UserWarning, match="--moe blocks is wrong.*using the slower dense"):
-        settled = device.self_checked(ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu"))
+        settled = self_check.self_checked(ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu"))
     assert (settled.attention, settled.moe) == ("masked", "dense")
 
 
-def test_a_path_that_fails_is_replaced_too(device, monkeypatch):
+def test_a_path_that_fails_is_replaced_too(self_check, monkeypatch):
     import torch
 
     def refuses(*_):
         raise RuntimeError("grouped_mm: not on this card")
 
-    monkeypatch.setitem(device.EXPERT_PATHS, "blocks", refuses)
+    monkeypatch.setitem(self_check.EXPERT_PATHS, "blocks", refuses)
     with pytest.warns(UserWarning, match="--moe blocks is wrong.*not on this card; using the slower dense"):
-        settled = device.self_checked(ComputeConfig("float64", attention="masked", moe="blocks"), torch.device("cpu"))
+        settled = self_check.self_checked(
+            ComputeConfig("float64", attention="masked", moe="blocks"), torch.device("cpu")
+        )
     assert (settled.attention, settled.moe) == ("masked", "dense")
 
 
-def test_device_that_is_wrong_throughout_is_refused(device, monkeypatch):
+def test_device_that_is_wrong_throughout_is_refused(self_check, monkeypatch):
     import torch
 
-    monkeypatch.setitem(device.ATTENTION_PATHS, "plain", _leaks)
+    monkeypatch.setitem(self_check.ATTENTION_PATHS, "plain", _leaks)
     with pytest.raises(UserError, match="even --attention plain is wrong.*use --device cpu"):
-        device.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
     monkeypatch.undo()
     monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
     with pytest.raises(UserError, match="AdamW does not move the weights"):
-        device.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
 
 
 def test_mps_choices_train_on_the_cpu_to_the_same_numbers(device):

@@ -15,7 +15,7 @@ import torch
 
 from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, batch
 from torch_ref import backend as torch_backend
-from torch_ref import device, grouped_experts, model, moe
+from torch_ref import grouped_experts, model, moe, self_check
 from torch_ref.backend import TorchBackend
 from torch_ref.spec.config import PRESETS
 
@@ -120,14 +120,14 @@ def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
         out, report = model.run_layer(block, x, rope, compute)
         return (out if wrong == "gradient" else factor * out), report
 
-    monkeypatch.setattr(device, "compiled_layer", lambda: compiled)
+    monkeypatch.setattr(self_check, "compiled_layer", lambda: compiled)
     with pytest.warns(UserWarning, match=f"--compile on: {wrong} of a compiled layer is wrong"):
         assert trained("float32", "on", steps=1)[0].compute.compile == "off"
 
 
 def test_a_right_compiled_layer_is_checked_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(device, "compiled_layer", lambda: calls.append(1) or model.run_layer)
+    monkeypatch.setattr(self_check, "compiled_layer", lambda: calls.append(1) or model.run_layer)
     monkeypatch.setattr(model, "compiled_layer", lambda: model.run_layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -238,7 +238,7 @@ def compiled_layer_rows(case: Case) -> Iterator[dict]:
 
     import torch
 
-    from torch_ref import device, model
+    from torch_ref import device, model, self_check
     from torch_ref.spec.parameters import initial_values
 
     config = dataclasses.replace(case.config, num_layers=1)
@@ -246,13 +246,13 @@ def compiled_layer_rows(case: Case) -> Iterator[dict]:
     compute = dataclasses.replace(case.compute, attention="sdpa", moe="grouped", compile="on")
     made = model.Model(config, where).load_values(initial_values(config, 0))
     tokens = torch.from_numpy(case.rows()[0]).to(where)
-    problem = device.compile_error(compute, made, tokens)
+    problem = self_check.compile_error(compute, made, tokens)
     for what, run in (("uncompiled", model.run_layer), ("compiled", model.compiled_layer())):
         row = {"task": "check", "system": case.system, "what": f"layer {what}, {case.dtype}"}
         if problem and what == "compiled":
             yield row | {"failed": problem}
             return
-        _, seconds = clocked(device.layer_pass(run, made, made.layers[0], tokens, compute), case.repeats)
+        _, seconds = clocked(self_check.layer_pass(run, made, made.layers[0], tokens, compute), case.repeats)
         yield row | {"value": seconds * 1e3, "unit": "ms"}
 
 
