@@ -208,16 +208,17 @@ class TorchBackend:
 
         return generate(self.model, [prompt], sampling, seed, self.compute, on_token)[0]
 
-    def _groups(self) -> dict[str, dict[str, Tensor]]:
+    @property
+    def _state(self) -> dict[str, dict[str, Tensor]]:
         """What a step changes and a checkpoint holds, beside the counters."""
         weights = {name: tensor.detach() for name, tensor in self._tensors.items()}
         moments = {"first_moment": self._moment("exp_avg"), "second_moment": self._moment("exp_avg_sq")}
         return {"weights": weights, **moments}
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
-        contents = make_contents(self.framework, self.model_config, self._steps, self._updates, meta)
+        contents = make_contents(self.framework, self.model_config, self.steps_done, self._updates, meta)
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
-        self._checkpoints.save(path, self._groups(), contents)
+        self._checkpoints.save(path, self._state, contents)
         return path
 
     def trace(self, folder: Path) -> AbstractContextManager[None]:
@@ -236,8 +237,8 @@ class TorchBackend:
         path = Path(path)
         stored = self._checkpoints.read_contents(path)
         require_config(stored["model_config"], self.model_config, path)
-        self._checkpoints.check(path, stored, self._groups())
-        state = self._checkpoints.restore(path, stored, self._groups())
+        self._checkpoints.check(path, stored, self._state)
+        state = self._checkpoints.restore(path, stored, self._state)
         self._load(state["weights"], state["first_moment"], state["second_moment"])
         self._set_counters(stored["step"], stored["updates"])
         return stored["meta"]
@@ -252,7 +253,7 @@ class TorchBackend:
         self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
-        groups = self._groups().values()
+        groups = self._state.values()
         require_host_memory(sum(tensor.nbytes for group in groups for tensor in group.values()), "a copy of the state")
         host = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()} for group in groups]
         return host, self._steps, self._updates
@@ -269,8 +270,8 @@ class TorchBackend:
         """Arrays are read when asked for: a state is good until the next step."""
         return TrainingState(
             self.model_config,
-            *(_arrays(group) for group in self._groups().values()),
-            step=self._steps,
+            *(_arrays(group) for group in self._state.values()),
+            step=self.steps_done,
             updates=self._updates,
         )
 

@@ -88,7 +88,7 @@ def injected_steps(framework: str, dtype: str, device: str = "cpu") -> Steps:
     counts = generator.integers(0, 9, (MICRO_BATCHES, config.num_moe_layers, config.n_routed_experts)).astype(np.int32)
     counts[:, :, 0] = (counts[:, :, 1:].sum(-1) / (config.n_routed_experts - 1)).round()
     make_objective = {"torch": _torch_objective, "flax": _flax_objective}[framework]
-    module = importlib.import_module({"torch": "torch_ref.backend", "flax": "flax_model.backend"}[framework])
+    module = importlib.import_module({"torch": "torch_ref.backend", "flax": "flax_model.train_step"}[framework])
     steps = Steps()
     compute = ComputeConfig(dtype=dtype)
     with backend(framework, config, compute, optimizer, device) as made, ExitStack() as stack:
