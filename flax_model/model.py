@@ -33,7 +33,8 @@ from flax_model.layers import RMSNorm, SwiGLU, wide, wide_product
 from flax_model.loss import cross_entropy
 from flax_model.moe import BalanceBias, MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
-from flax_model.sharding import gathered_layer, on_devices
+from flax_model.sharding import gathered_layer, on_devices, set_leaf
+from torch_ref.spec.checkpoint import leaf_at
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
@@ -197,15 +198,13 @@ def from_values(
         expected.remove(row.name)
         path, index = flax_path(config, row.name)
         tree = trees[not row.trainable]
-        for key in path[:-1]:
-            tree = tree.setdefault(key, {})
         value = on_devices(row, value, dtype, mesh)
         if index is not None:
-            stacked = tree.pop(path[-1], None)
+            stacked = leaf_at(tree, path)
             if stacked is None:
                 stacked = on_devices(row, None, dtype, mesh, counts[path])
             value = _put_layer(stacked, index, value)
-        tree[path[-1]] = value
+        set_leaf(tree, path, value)
     assert not expected, f"no value for {sorted(expected)}"
     return structure(config), *trees
 
@@ -214,9 +213,7 @@ def to_values(config: ModelConfig, params: Tree, biases: Tree) -> Iterator[tuple
     """Every row of the table with its value, one layer at a time; the inverse of `from_values`."""
     for row in parameter_table(config):
         path, index = flax_path(config, row.name)
-        leaf = params if row.trainable else biases
-        for key in path:
-            leaf = leaf[key]
+        leaf = leaf_at(params if row.trainable else biases, path)
         yield row, np.asarray(leaf if index is None else leaf[index])
 
 

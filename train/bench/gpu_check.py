@@ -38,6 +38,7 @@ from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.bench.cases import Case, with_fractions
+from train.shell import shell
 
 PARTS = ("limits", "checks", "step", "parity", "decode")
 SYSTEMS = ("flax", "torch_ref", "transformers")
@@ -284,13 +285,10 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
+@shell
 def main(argv: Sequence[str]) -> int:
     """Check and measure; returns the exit code."""
-    try:
-        args = parse(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse(argv)
     rows: list[dict] = []
     if args.json:
         args.json.write_text("")
