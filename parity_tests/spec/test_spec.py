@@ -231,7 +231,7 @@ def test_each_framework_leaves_the_other_alone(package, forbidden):
             assert not {name.partition(".")[0] for name in names} & forbidden, f"{file.name}:{node.lineno}"
 
 
-TWINS = ["layers", "rotary", "attention", "moe", "loss", "model", "generate"]
+TWINS = ["layers", "rotary", "attention", "grouped_experts", "moe", "loss", "model", "generate", "device"]
 
 
 @pytest.mark.parametrize("name", TWINS)
