@@ -230,7 +230,7 @@ class FlaxBackend:
         self._state = None
         self._state = jax.tree.map(place, snapshot, self._abstract)
 
-    def set_schedule(self, schedule: Callable[[Any], Any]) -> None:
+    def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)
 
     def state(self) -> TrainingState:

@@ -263,7 +263,7 @@ class TorchBackend:
         self._load(*host)
         self._set_counters(steps, updates)
 
-    def set_schedule(self, schedule: Callable[[Any], Any]) -> None:
+    def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)
 
     def state(self) -> TrainingState:

@@ -34,8 +34,8 @@ class OptimizerConfig:
     p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
     """
 
-    schedule: Callable[[Any], Any]
-    """Learning rate of the update after `step` earlier ones (0 for the first). Works on ints and traced arrays."""
+    schedule: Callable[[int], float]
+    """Learning rate of the update after `step` earlier ones (0 for the first)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.01
@@ -151,7 +151,7 @@ class Backend(Protocol):
     def rollback(self, snapshot: Any) -> None:
         """Return to a snapshot."""
 
-    def set_schedule(self, schedule: Callable[[Any], Any]) -> None:
+    def set_schedule(self, schedule: Callable[[int], float]) -> None:
         """Use another learning-rate schedule from the next step on (the LR finder's sweep)."""
 
     def state(self) -> TrainingState:

@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from train.run.options import Options
 
 LENGTH = ("steps", "decay_steps")
@@ -25,8 +23,8 @@ def extends(stored: dict[str, Any], options: Options, step: int) -> bool:
     schedule has a stable phase, and every update so far used the rate that the new schedule gives it."""
     if options.lr_schedule != "wsd" or stored.get("lr_schedule") != "wsd":
         return False
-    done = np.arange(step)
-    return np.array_equal(former(stored, options).schedule(done), options.schedule(done))
+    before, now = former(stored, options).schedule, options.schedule
+    return all(before(done) == now(done) for done in range(step))
 
 
 def why_not(stored: dict[str, Any], options: Options, step: int, checkpoints: Path) -> str:

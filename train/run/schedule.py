@@ -1,13 +1,8 @@
-"""The learning-rate schedule: one function of the step for both frameworks.
-
-It is plain arithmetic, so it takes an int, a NumPy number or a traced JAX array: torch sets the rate before each step,
-optax calls it while tracing.
-"""
+"""The learning-rate schedule: one function of the step, called before each on the host, for both frameworks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,16 +32,15 @@ class Schedule:
         """The number of the last update that uses the peak."""
         return self.warmup if self.decay_steps is None else max(self.warmup, self.steps - self.decay_steps)
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: int) -> float:
         """Learning rate of the update that `step` earlier ones precede."""
-        warmup, begins = self.warmup, self.decay_begins
-        number = step * 1.0 + 1
-        rising = number / warmup
-        falling = 1 - (1 - self.final_ratio) * (number - begins) / max(self.steps - begins, 1)
-        # A comparison counts as 0 or 1: a choice that needs no `if`, which a traced step could not take.
-        warming, ended = number < warmup, number >= self.steps
-        holding = (number >= warmup) * (number <= begins) * (number < self.steps)
-        decaying = (number > begins) * (number < self.steps)
-        return self.peak * (
-            rising * warming + holding + falling * decaying + self.final_ratio * (number >= warmup) * ended
-        )
+        number, begins = step + 1, self.decay_begins
+        if number < self.warmup:
+            share = number / self.warmup
+        elif number >= self.steps:
+            share = self.final_ratio
+        elif number <= begins:
+            share = 1.0
+        else:
+            share = 1 - (1 - self.final_ratio) * (number - begins) / (self.steps - begins)
+        return self.peak * share
