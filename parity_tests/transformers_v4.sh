@@ -18,4 +18,4 @@ fi
 
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/pip" install --quiet torch==2.13.0 transformers==4.57.6 jaxtyping xxhash beartype pytest pytest-xdist
-"$folder/bin/python" -m pytest -n 0 -p no:cacheprovider parity_tests/spec/test_huggingface.py
+"$folder/bin/python" -m pytest -n 0 -p no:cacheprovider parity_tests/spec/test_huggingface{,_import}.py

@@ -1,9 +1,8 @@
-"""Rows and documents: exact positions in every kind of file, bad rows, errors, held-out documents, the Hub."""
+"""Rows and documents: exact positions in every kind of file, bad rows, errors, held-out documents."""
 
 import itertools
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -14,30 +13,18 @@ import pytest
 
 from parity_tests.support.data import (
     FailingSource,
-    LocalHub,
-    local_hub,
     make_texts,
+    streamed,
+    texts_of,
     write_json_lines,
     write_parquet,
     write_text_files,
 )
 from torch_ref.spec.interface import UserError
 from train.data.corpus import BAD_ROWS_NAMED, DataError, Reader, compare_identity, held_out_below, open_source
-from train.data.hub import HubSource
-from train.data.python_docs import python_docs_source
-from train.data.records import Bad
 from train.data.sources import FORMER_DOCUMENT_BYTES, FileSource, Row
 
 TEXTS = make_texts(47)
-
-
-def streamed(folder, text_field="text"):
-    """Local parquet files as `datasets` streams them from the Hub."""
-    import datasets
-
-    files = sorted(str(file) for file in folder.glob("*.parquet"))
-    dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    return HubSource(dataset, "owner/data", None, None, text_field)
 
 
 def mixed_folder(folder):
@@ -53,13 +40,6 @@ SOURCES = {
     "mixed": lambda folder: FileSource(str(mixed_folder(folder))),
     "datasets": lambda folder: streamed(write_parquet(folder, TEXTS)),
 }
-
-
-def texts_of(rows):
-    return [row.value.decode() if isinstance(row.value, bytes) else row.value for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------------ positions
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -341,148 +321,6 @@ def test_identity_names_what_differs(tmp_path):
     assert "part-1.jsonl" in differences[0][1] and "part-2.jsonl" in differences[1][1]
     (other,) = compare_identity(old, {**old, "text_field": "content"})
     assert other == ("refuse", "text_field was text, is content")
-
-
-# ----------------------------------------------------------------------------------------------------- python-docs
-
-
-@pytest.fixture(scope="module")
-def python_docs(tmp_path_factory):
-    return python_docs_source(tmp_path_factory.mktemp("docs") / "python-docs.jsonl")
-
-
-def test_python_docs_are_megabytes_of_text(python_docs):
-    reader = Reader(python_docs)
-    documents = list(reader)
-    assert 1.5e6 < sum(len(document.text) for document in documents) < 4e6
-    assert len(documents) > 300 and len(reader.bad_rows) == 0
-    everything = "\n".join(document.text for document in documents)
-    assert "json.decoder.JSONDecoder" in everything and "Simple JSON <https://json.org> decoder" in everything
-    assert python_docs.identity["dataset"] == "python-docs"
-
-
-def test_python_docs_do_not_depend_on_the_process(python_docs, tmp_path):
-    file = tmp_path / "python-docs.jsonl"
-    code = f"from pathlib import Path; from train.data.python_docs import *; python_docs_source(Path({str(file)!r}))"
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert file.read_bytes() == python_docs.files[0].read_bytes()
-
-
-def test_a_run_keeps_its_python_docs(tmp_path):
-    file = tmp_path / "python-docs.jsonl"
-    file.write_text('{"text": "of another Python"}\n')
-    assert texts_of(python_docs_source(file, keep=True).rows(None)) == ["of another Python"]
-
-
-# --------------------------------------------------------------------------------------------------------- the Hub
-
-
-def run_with_hub(endpoint, home, code):
-    """In a process of its own, because the Hub's libraries read their settings when imported: (output, seconds)."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONWARNINGS": "error"}
-    environment.pop("HF_HUB_OFFLINE", None)
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, time.monotonic() - start
-
-
-OPEN = """
-import sys
-from pathlib import Path
-from torch_ref.spec.interface import UserError
-from train.data.corpus import Reader, open_source
-try:
-    source = open_source(*{arguments}, "text", Path("."), keep=False)
-except UserError as error:
-    sys.exit(print(error))
-"""
-
-
-def test_without_a_network_one_line_says_so_at_once(tmp_path):
-    code = OPEN.format(arguments=("HuggingFaceTB/smollm-corpus", None, None))
-    output, seconds = run_with_hub("http://127.0.0.1:9", tmp_path, code)
-    assert output.count("\n") == 1 and "can't be reached" in output and "--preset tiny" in output
-    assert "--dataset HuggingFaceTB/smollm-corpus" in output and seconds < 30
-
-
-def test_a_name_that_is_nowhere(tmp_path):
-    with local_hub({}) as hub:
-        output, _ = run_with_hub(hub.endpoint, tmp_path, OPEN.format(arguments=("owner/wrong", None, None)))
-    assert output.count("\n") == 1 and "owner/wrong" in output and "no such dataset on the Hub" in output
-
-
-README = """---
-configs:
-- config_name: small
-  data_files: [{split: train, path: "data/part-*"}]
-- config_name: other
-  data_files: [{split: train, path: "data/part-0*"}]
----
-"""
-
-
-@pytest.fixture
-def hub(tmp_path):
-    folder = write_parquet(tmp_path / "data", TEXTS)
-    files = {f"data/{file.name}": file.read_bytes() for file in sorted(folder.iterdir())}
-    with local_hub({"README.md": README.encode(), **files}) as hub:
-        yield hub
-
-
-def test_a_hub_dataset_is_streamed_at_one_revision(hub, tmp_path):
-    code = OPEN.format(arguments=("owner/data", "small", None)) + (
-        "print(source.identity['revision'], source.identity['shards'])\n"
-        "stream = source.rows(None)\n"
-        "texts = [next(stream).value for _ in range(20)]\n"
-        "state = stream.state()\n"
-        "stream.close()\n"
-        "print(texts + [row.value for row in source.rows(state)])"
-    )
-    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
-    assert output.splitlines() == [f"{LocalHub.REVISION} 3", str(TEXTS)]
-
-
-def test_a_hub_config_that_is_missing_is_named(hub, tmp_path):
-    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", OPEN.format(arguments=("owner/data", "large", None)))
-    assert output.count("\n") == 1 and "--dataset-config large" in output
-
-
-def test_a_hub_that_fails_in_the_middle(hub, tmp_path):
-    """Reads after the third are refused: what came before is given, then the attempts are used up."""
-    hub.refused_after = 3
-    code = OPEN.format(arguments=("owner/data", "small", None)) + (
-        "reader = Reader(source, retries=2, wait=0.01)\n"
-        "documents, state = reader.read(None, 10)\n"
-        "print(len(documents))\n"
-        "try:\n"
-        "    print(reader.read(state, 100))\n"
-        "except UserError as error:\n"
-        "    print(type(error).__name__, error)"
-    )
-    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
-    first, last = output.splitlines()
-    assert first == "10" and last.startswith("DataError --dataset: reading failed after 3 attempts") and "403" in last
-
-
-def test_a_hub_column_that_is_not_text(tmp_path):
-    write_parquet(tmp_path, TEXTS)
-    for field in ("id", "content"):
-        with pytest.raises(UserError, match=f"--text-field {field}"):
-            streamed(tmp_path, field)
-
-
-def test_rows_of_a_hub_dataset_without_a_schema(tmp_path):
-    import datasets
-
-    def records():
-        yield {"text": "one"}
-        yield {"other": 2}
-        yield {"text": "three"}
-
-    source = HubSource(datasets.IterableDataset.from_generator(records), "owner/data", None, None, "text")
-    assert [row.value for row in source.rows(None)] == ["one", Bad("the field 'text' is missing"), "three"]
 
 
 def test_reading_imports_no_framework(tmp_path):

@@ -230,7 +230,7 @@ def test_nested_fields_and_lists_of_texts(kind, field, tmp_path):
         lines = [json.dumps(record) for record in RECORDS]
         file.write_text("\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]")
     if kind == "hub":
-        from parity_tests.data.test_corpus import streamed
+        from parity_tests.support.data import streamed
 
         source = streamed(tmp_path, field)
     else:

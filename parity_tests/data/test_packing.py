@@ -1,74 +1,28 @@
-"""Batches: each token predicted once, exact positions, shuffling, held-out rows, and the thread that works ahead."""
+"""Batches: each token predicted once, exact positions, shuffling, held-out rows."""
 
 import dataclasses
-import gc
-import hashlib
 import itertools
 import json
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
-from contextlib import closing
 
 import numpy as np
 import pytest
 
-from parity_tests.data.test_corpus import streamed
-from parity_tests.support.data import FailingSource, make_texts, write_json_lines, write_parquet, write_tokenizer
+from parity_tests.support.data import (
+    hashes,
+    make_texts,
+    take,
+    write_json_lines,
+    write_tokenizer,
+)
 from torch_ref.spec.interface import IGNORE, UserError
-from train.data.corpus import DataError, Reader, compare_identity
+from train.data.corpus import Reader, compare_identity
 from train.data.feed import open_data, take_along
 from train.data.options import DataOptions
-from train.data.packing import Batch, document_rows, pack
-from train.data.prefetch import Prefetcher
+from train.data.packing import document_rows, pack
 
 TEXTS = make_texts(120)
 KINDS = ["parquet", "jsonl", "datasets"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), TEXTS)
-
-
-@pytest.fixture(scope="module")
-def make_data(tokenizer_folder, tmp_path_factory):
-    """Data of the texts above in small files; windows of 16 documents, batches of 2 rows of 32 tokens."""
-
-    def make(kind="parquet", texts=TEXTS, **changes):
-        folder = tmp_path_factory.mktemp("data")
-        (write_json_lines if kind == "jsonl" else write_parquet)(folder / "corpus", texts)
-        settings = {
-            "dataset": str(folder / "corpus"),
-            "tokenizer": str(tokenizer_folder),
-            "vocab_size": 320,
-            "seq_len": 32,
-            "batch_size": 2,
-            "shuffle_window": 16,
-            "validation_rows": 8,
-            "validation_fraction": 0.1,
-            "retry_wait": 0.001,
-            "prefetch": 4,
-        }
-        data = open_data(DataOptions(**{**settings, **changes}), folder / "run")
-        if kind == "datasets":
-            data.corpora[0].source = streamed(folder / "corpus")
-        return data
-
-    return make
-
-
-def take(data, count, cursor=None):
-    batches = data.batches(cursor)
-    taken = list(itertools.islice(batches, count))
-    batches.close()
-    return taken
-
-
-def hashes(batches):
-    return [hashlib.sha256(batch.inputs.tobytes() + batch.targets.tobytes()).hexdigest() for batch in batches]
 
 
 def position(batch):
@@ -338,160 +292,3 @@ def test_the_default_corpus_with_a_trained_tokenizer(tmp_path):
     again = open_data(options, tmp_path, resume=True)
     assert again.identity == data.identity
     assert hashes(take(again, 1, batch.cursor)) == hashes(take(data, 4)[3:])
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
-def test_after_a_lasting_error_the_run_can_go_on_later(make_data):
-    data = make_data(data_retries=2, validation_rows=0)
-    straight = take(data, 60)
-    healthy = data.corpora[0].source
-    data.corpora[0].source = FailingSource(healthy, rows=40, failures=3, lasting=True)
-    batches = data.batches()
-    got = []
-    with pytest.raises(DataError, match="after 3 attempts"):
-        for batch in batches:
-            got.append(batch)
-    assert len(got) > 5
-    with pytest.raises(DataError):
-        next(batches)
-    data.corpora[0].source = healthy
-    got += take(data, 60 - len(got), got[-1].cursor)
-    assert hashes(got) == hashes(straight)
-
-
-def test_short_failures_change_nothing(make_data, caplog):
-    data = make_data(data_retries=2)
-    straight = take(data, 60)
-    data.corpora[0].source = FailingSource(data.corpora[0].source, rows=25, failures=5)
-    assert hashes(take(data, 60)) == hashes(straight)
-    assert data.corpora[0].source.failures == 0 and caplog.text.count("connection lost") == 5
-
-
-# ------------------------------------------------------------------------------------------------- working ahead
-
-
-def batch_of(number):
-    return Batch(np.full((1, 1), number, np.int32), np.zeros((1, 1), np.int32), {"number": number})
-
-
-def test_an_error_comes_after_the_batches_before_it():
-    def failing():
-        yield from map(batch_of, range(3))
-        raise RuntimeError("broken")
-
-    batches = Prefetcher(failing(), 10, threading.Event())
-    assert [next(batches).cursor["number"] for _ in range(3)] == [0, 1, 2]
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="broken"):
-            next(batches)
-
-
-def test_the_thread_works_ahead_but_not_without_bound():
-    made = []
-    endless = (made.append(number) or batch_of(number) for number in itertools.count())
-    batches = Prefetcher(endless, 3, threading.Event())
-    time.sleep(0.3)
-    assert 3 <= len(made) <= 5
-    start = time.monotonic()
-    batches.close()
-    assert time.monotonic() - start < 1
-    with pytest.raises(StopIteration):
-        next(batches)
-
-
-def test_waiting_is_measured():
-    def slow():
-        for number in range(3):
-            time.sleep(0.1)
-            yield batch_of(number)
-
-    batches = Prefetcher(slow(), 2, threading.Event())
-    assert len(list(batches)) == 3
-    assert 0.2 < batches.wait_seconds < 2
-    waited = batches.wait_seconds
-    time.sleep(0.1)
-    assert batches.wait_seconds == waited
-
-
-def data_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "data"]
-
-
-def test_no_thread_outlives_its_batches(make_data):
-    data = make_data()
-    before = len(data_threads())
-    batches = data.batches()
-    next(batches)
-    assert len(data_threads()) == before + 1
-    del batches
-    gc.collect()
-    assert len(data_threads()) == before
-
-
-def test_closing_cuts_the_wait_before_another_attempt_short(make_data):
-    data = make_data(retry_wait=60.0, validation_rows=0)
-    data.corpora[0].source = FailingSource(data.corpora[0].source, rows=0, failures=1)
-    batches = data.batches()
-    time.sleep(0.2)
-    start = time.monotonic()
-    batches.close()
-    assert time.monotonic() - start < 2 and not data_threads()
-
-
-@pytest.mark.parametrize(
-    ("kind", "ending"),
-    [
-        ("parquet", ""),
-        ("datasets", ""),
-        ("datasets", "raise SystemExit(3)"),
-        ("parquet", "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"),
-    ],
-)
-def test_a_process_ends_at_once_after_a_half_read_stream(kind, ending, make_data):
-    """The stream is not closed: the interpreter is left to do it."""
-    data = make_data(kind, texts=make_texts(2000))
-    code = f"""
-import os, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-from pathlib import Path
-from parity_tests.data.test_corpus import streamed
-from train.data.feed import open_data
-from train.data.options import DataOptions
-corpus = Path({data.options.dataset!r})
-data = open_data(DataOptions(**{dataclasses.asdict(data.options)!r}), corpus.parent / "run", resume=True)
-if {kind!r} == "datasets":
-    data.corpora[0].source = streamed(corpus)
-batches = data.batches()
-next(batches), next(batches)
-print(time.time())
-{ending}
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    ended = time.time() - float(done.stdout)
-    assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(ending, -2)
-    assert ending.startswith("os.kill") or done.stderr == ""
-    assert ended < 15
-
-
-@pytest.mark.slow
-def test_packing_keeps_up_with_the_bare_tokenizer(make_data):
-    """Reading, tokenizing and packing in the thread, from the first batch to the end of the third epoch, against the
-    tokenizer's own call for all texts at once; medians of 5."""
-    texts = make_texts(3000, longest=1200)
-    data = make_data(texts=texts, validation_rows=0, seq_len=512, batch_size=8, shuffle_window=2048)
-    bare, packed = [], []
-    for _ in range(5):
-        start = time.perf_counter()
-        tokens = sum(map(len, data.tokenizer.encode_batch(texts)))
-        bare.append(tokens / (time.perf_counter() - start))
-        with closing(data.batches()) as batches:
-            next(batches)
-            start, count = time.perf_counter(), 0
-            for batch in batches:
-                if batch.cursor["epoch"] == 3:
-                    break
-                count += batch.inputs.size
-            packed.append(count / (time.perf_counter() - start))
-    assert sorted(packed)[2] >= 0.9 * sorted(bare)[2]

@@ -1,7 +1,7 @@
-"""The bridge to `transformers`: every value in its place, exact round trips, equal logits, clear refusals.
+"""What is written for `transformers`: every value in its place, equal logits, clear refusals.
 
 `transformers` is the outside judge: none of its code is ours, and it loads the folder as it would anyone's. This file
-passes under its version 5 and its version 4; `transformers_v4.sh` runs it under the latter.
+and `test_huggingface_import.py` pass under its versions 5 and 4; `transformers_v4.sh` runs them under the latter.
 """
 
 from __future__ import annotations
@@ -14,124 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torch_ref.spec.config import ModelConfig
-from torch_ref.spec.huggingface import SIDECAR, export_folder, import_folder
-from torch_ref.spec.interface import UserError
-from torch_ref.spec.parameters import initial_values, parameter_table
-from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, from_bfloat16_bits, to_bfloat16_bits
-
-SMALL = ModelConfig(
-    vocab_size=320,
-    hidden_size=48,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    kv_lora_rank=20,
-    qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
-    v_head_dim=10,
-    intermediate_size=56,
-    moe_intermediate_size=24,
-    max_position=640,
+from parity_tests.support.exports import (
+    SMALL,
+    VARIANTS,
+    assert_same,
+    imported,
+    is_version_4,
+    load,
+    relative_error,
+    torch_logits,
+    values_with_bias,
 )
-VARIANTS = {
-    "grouped": SMALL,
-    "all-heads": dataclasses.replace(SMALL, num_kv_heads=6, first_k_dense=1),
-    "query-latent": dataclasses.replace(SMALL, q_lora_rank=16, n_shared_experts=2, routed_scaling_factor=1.5),
-    "one-group": dataclasses.replace(SMALL, num_kv_heads=1, q_lora_rank=16, first_k_dense=1, num_experts_per_tok=3),
-    "no-shared": dataclasses.replace(SMALL, n_shared_experts=0, rope_theta=1333.5),
-    "dense": dataclasses.replace(SMALL, first_k_dense=3),
-}
+from torch_ref.spec.huggingface import export_folder
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.parameters import parameter_table
+from torch_ref.spec.storage import TensorReader, from_bfloat16_bits, to_bfloat16_bits
+
 TOKENIZER = Path(__file__).resolve().parents[3] / "shared/data/smollm2-tokenizer"
-
-
-def values_with_bias(config: ModelConfig, seed: int = 0):
-    """Seeded values where nothing is at a neutral value: norms differ from 1 and the balance bias decides choices."""
-    for row, value in initial_values(config, seed):
-        noise = np.random.default_rng([seed, len(row.name), row.size]).standard_normal(row.shape, np.float32)
-        if row.init == "ones":
-            value = value + np.float32(0.1) * noise
-        elif row.init == "zeros":
-            value = np.float32(0.05) * noise
-        yield row, value
-
-
-def is_version_4(transformers) -> bool:
-    return transformers.__version__.startswith("4.")
-
-
-def imported(folder: Path):
-    """Config of a folder, and its rows with their values as `Model.load_values` takes them."""
-    config, arrays = import_folder(folder)
-    return config, ((row, arrays[row.name]) for row in parameter_table(config))
-
-
-def load(folder: Path, **settings):
-    """The folder as `transformers` loads it, and what it said about the keys."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    return model.eval(), info
-
-
-# Files
-
-
-def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    values = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones((), np.float64), "c": np.zeros((0, 4))}
-    specs = [TensorSpec(name, value.shape, str(value.dtype)) for name, value in values.items()]
-    with TensorWriter(tmp_path / "ours", specs, {"format": "pt"}) as writer:
-        for name in ("c", "a", "b"):  # another order than declared
-            writer.write(name, values[name])
-    save_file({**values, "half": np.float16([0.5, np.inf])}, tmp_path / "theirs")
-    theirs = TensorReader(tmp_path / "theirs")
-    for name, value in values.items():
-        np.testing.assert_array_equal(load_file(tmp_path / "ours")[name], value, strict=True)
-        np.testing.assert_array_equal(theirs[name], value, strict=True)
-    np.testing.assert_array_equal(theirs["half"], np.float32([0.5, np.inf]), strict=True)
-
-
-def test_writer_wants_each_tensor_once_and_in_shape(tmp_path):
-    specs = [TensorSpec("a", (2,), "float32"), TensorSpec("b", (2,), "float32")]
-    with pytest.raises(ValueError, match="never written: b"), TensorWriter(tmp_path / "x", specs) as writer:
-        writer.write("a", np.zeros(2))
-        with pytest.raises(ValueError, match="a: written twice"):
-            writer.write("a", np.zeros(2))
-        with pytest.raises(ValueError, match=r"b: shape \(3,\), expected \(2,\)"):
-            writer.write("b", np.zeros(3))
-        with pytest.raises(ValueError, match="c: not a tensor of this file"):
-            writer.write("c", np.zeros(2))
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "int64", "absent"])
-def test_reader_names_a_damaged_file(tmp_path, damage):
-    from safetensors.numpy import save_file
-
-    path = tmp_path / "model.safetensors"
-    save_file({"w": np.zeros(4, np.int64 if damage == "int64" else np.float32)}, path)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    if damage == "text":
-        path.write_text("not a tensor in sight")
-    if damage == "absent":
-        path.unlink()
-    with pytest.raises(UserError, match="model.safetensors"):
-        TensorReader(path)
-
-
-def test_bfloat16_rounds_to_nearest_even_like_torch():
-    torch = pytest.importorskip("torch")
-    random = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
-    special = np.float32([0.0, -0.0, 1.0, np.inf, -np.inf, 3.4e38, 1e-45, 1.00390625, 1.01171875])
-    value = np.concatenate([random[~np.isnan(random)], special])
-    expected = torch.from_numpy(value).bfloat16().float().numpy()
-    np.testing.assert_array_equal(from_bfloat16_bits(to_bfloat16_bits(value)), expected)
-    assert np.isnan(from_bfloat16_bits(to_bfloat16_bits(np.uint32([0x7F800001, 0xFFFFFFFF]).view(np.float32)))).all()
-
-
-# Export
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -240,22 +139,6 @@ def test_logits_equal_transformers(tmp_path, name, attention):
             step = theirs(tokens[:, position : position + 1], past_key_values=past, use_cache=True)
             past = step.past_key_values
             assert relative_error(step.logits[:, 0], expected[:, position]) <= 1e-5
-
-
-def torch_logits(config, values, tokens):
-    """Our torch model's float32 logits."""
-    import torch
-
-    from torch_ref.model import Model
-    from torch_ref.spec.config import ComputeConfig
-
-    model = Model(config).load_values(values)
-    with torch.no_grad():
-        return model.logits(model(tokens, ComputeConfig(attention="plain", moe="dense")).hidden)
-
-
-def relative_error(value, expected) -> float:
-    return float((value - expected).abs().max() / expected.abs().max())
 
 
 def test_bfloat16_export_keeps_router_and_bias_in_float32(tmp_path):
@@ -379,208 +262,3 @@ def test_export_refusals_leave_nothing_behind(tmp_path, fault):
     with pytest.raises(UserError, match=expected[fault]):
         export_folder(tmp_path / "out", config, values_with_bias(config), **settings)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# Import
-
-
-def assert_same(values, expected) -> None:
-    for (row, value), (expected_row, expected_value) in zip(values, expected, strict=True):
-        assert row == expected_row
-        np.testing.assert_array_equal(value, expected_value, err_msg=row.name, strict=True)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_our_export_comes_back_bitwise(tmp_path, name):
-    config = VARIANTS[name]
-    export_folder(tmp_path / "out", config, values_with_bias(config))
-    back, values = imported(tmp_path / "out")
-    assert back == config
-    assert_same(values, values_with_bias(config))
-
-
-def test_float64_comes_back_bitwise(tmp_path):
-    def precise():
-        return ((row, value + np.float64(1e-12)) for row, value in values_with_bias(SMALL))
-
-    export_folder(tmp_path / "out", SMALL, precise(), dtype="float64")
-    assert_same(imported(tmp_path / "out")[1], precise())
-
-
-def test_values_may_come_in_any_order(tmp_path):
-    forward = list(values_with_bias(SMALL))
-    export_folder(tmp_path / "forward", SMALL, forward)
-    export_folder(tmp_path / "backward", SMALL, reversed(forward))
-    names = sorted(path.name for path in (tmp_path / "forward").iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors", SIDECAR]
-    for name in names:
-        assert (tmp_path / "forward" / name).read_bytes() == (tmp_path / "backward" / name).read_bytes()
-
-
-def foreign(folder: Path, rope_theta: float = 10000.0, **changes):
-    """A random DeepseekV3 made and saved by `transformers`, which knows nothing of our exporter."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    sizes = dict(
-        vocab_size=200, hidden_size=32, intermediate_size=40, moe_intermediate_size=16, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=6, num_experts_per_tok=2, n_group=1,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=12, max_position_embeddings=600, tie_word_embeddings=True,
-        initializer_range=0.2, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}
-    sizes |= {"rope_theta": rope_theta} if is_version_4(transformers) else rope
-    torch.manual_seed(0)
-    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**(sizes | changes))).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "norm" in name or "correction_bias" in name:
-                tensor.add_(0.1 * torch.randn_like(tensor))
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"q_lora_rank": None, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_shared_experts": 2},
-        {"rope_interleave": False},
-        {
-            "rope_interleave": False,
-            "q_lora_rank": None,
-            "rope_theta": 500.0,
-        },
-    ],
-    ids=["query-latent", "query-plain", "halves", "halves-plain-theta"],
-)
-def test_a_foreign_model_becomes_ours_with_equal_logits(tmp_path, changes):
-    torch = pytest.importorskip("torch")
-    theirs = foreign(tmp_path / "theirs", **changes)
-    config, values = imported(tmp_path / "theirs")
-    assert config.num_kv_heads == config.num_heads == 4
-    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, 200, (2, 520)))
-    with torch.no_grad():
-        assert relative_error(torch_logits(config, values, tokens), theirs(tokens).logits) <= 1e-5
-
-
-def test_what_is_saved_by_transformers_from_our_export_comes_back(tmp_path):
-    """Fine-tuned elsewhere: `save_pretrained` drops our extra file, so every head has K/V rows of its own."""
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    model, _ = load(tmp_path / "out")
-    model.save_pretrained(tmp_path / "tuned")
-    config, values = imported(tmp_path / "tuned")
-    assert config == dataclasses.replace(SMALL, num_kv_heads=SMALL.num_heads)
-    expected = {row.name: value for row, value in values_with_bias(SMALL)}
-    for row, value in values:
-        if "kv_b_proj" in row.name:
-            value = value.reshape(2, 3, 22, 20)[:, 0].reshape(44, 20)
-        np.testing.assert_array_equal(value, expected[row.name])
-
-
-REFUSED_FIELDS = {
-    "model_type": "deepseek_v2",
-    "hidden_act": "gelu",
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "moe_layer_freq": 2,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
-    "quantization_config": {"quant_method": "fp8"},
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
-    "rope_scaling": {"type": "yarn", "factor": 4.0},
-    "rope_theta": 500.0,
-    "hidden_size": 0,
-    "num_attention_heads": 5,
-    "kv_lora_rank": None,
-}
-
-
-@pytest.mark.parametrize("field", REFUSED_FIELDS)
-def test_import_names_the_config_field_it_refuses(tmp_path, field):
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    (tmp_path / "out" / SIDECAR).unlink()
-    path = tmp_path / "out/config.json"
-    fields = json.loads(path.read_text()) | {field: REFUSED_FIELDS[field]}
-    path.write_text(json.dumps(fields))
-    ours = {"num_attention_heads": "num_key_value_heads = 6; .*num_attention_heads = 5"}
-    with pytest.raises(UserError, match=ours.get(field, field)) as refusal:
-        import_folder(tmp_path / "out")
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("field", ["n_group", "tie_word_embeddings", "vocab_size"])
-def test_a_field_left_out_means_the_default_of_transformers(tmp_path, field):
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    path = tmp_path / "out/config.json"
-    fields = json.loads(path.read_text())
-    del fields[field]
-    path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=field):
-        imported(tmp_path / "out")
-
-
-WEIGHT_FAULTS = {
-    "missing": "missing weights: model.layers.1.mlp.experts.3.up_proj.weight",
-    "unexpected": "unexpected weights: model.layers.1.self_attn.q_proj.bias",
-    "shape": r"model.norm.weight is \[3\], config.json asks \[48\]",
-    "untied": "lm_head.weight differs",
-    "multi-token": "num_nextn_predict_layers",
-}
-
-
-@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
-def test_import_names_the_weights_it_refuses(tmp_path, fault):
-    from safetensors.numpy import load_file, save_file
-
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    path = tmp_path / "out/model.safetensors"
-    tensors = load_file(path)
-    if fault == "missing":
-        del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
-    tensors |= {
-        "missing": {},
-        "unexpected": {"model.layers.1.self_attn.q_proj.bias": np.zeros(3)},
-        "shape": {"model.norm.weight": np.ones(3, np.float32)},
-        "untied": {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2},
-        "multi-token": {"model.layers.3.eh_proj.weight": np.zeros(3)},
-    }[fault]
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UserError, match=WEIGHT_FAULTS[fault]):
-        imported(tmp_path / "out")
-
-
-def test_a_folder_without_the_tied_head_is_accepted(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    tensors = load_file(tmp_path / "out/model.safetensors")
-    np.testing.assert_array_equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"])
-    save_file(tensors, tmp_path / "out/model.safetensors")
-    assert_same(imported(tmp_path / "out")[1], values_with_bias(SMALL))
-
-
-def test_groups_that_no_longer_hold_are_refused(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    tensors = load_file(tmp_path / "out/model.safetensors")
-    tensors["model.layers.2.self_attn.kv_b_proj.weight"][30, 0] += 1
-    save_file(tensors, tmp_path / "out/model.safetensors")
-    with pytest.raises(UserError, match=f"layers.2.attention.kv_b_proj.weight.*num_kv_heads = 2.*delete {SIDECAR}"):
-        list(imported(tmp_path / "out")[1])
-    (tmp_path / "out" / SIDECAR).unlink()
-    assert imported(tmp_path / "out")[0].num_kv_heads == 6
-
-
-def test_a_sidecar_that_contradicts_config_json_is_refused(tmp_path):
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
-    other = dataclasses.replace(SMALL, rope_theta=500.0)
-    (tmp_path / "out" / SIDECAR).write_text(json.dumps({"model": other.to_dict()}))
-    with pytest.raises(UserError, match=f"rope_theta = 500.0, but config.json says 10000.0; delete {SIDECAR}"):
-        imported(tmp_path / "out")

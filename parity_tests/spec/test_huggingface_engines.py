@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parity_tests.spec.test_huggingface import SMALL, VARIANTS, torch_logits, values_with_bias
+from parity_tests.support.exports import SMALL, VARIANTS, torch_logits, values_with_bias
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.huggingface import export_folder
 from torch_ref.spec.huggingface_engines import engines

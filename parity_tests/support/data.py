@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import itertools
 import json
 import random
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from train.data.hub import HubSource
 from train.data.sources import Row, Source, Stream
 from train.data.tokenizer import train_tokenizer
 
@@ -181,3 +183,30 @@ def local_hub(files: dict[str, bytes]) -> Iterator[LocalHub]:
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+def streamed(folder, text_field="text"):
+    """Local parquet files as `datasets` streams them from the Hub."""
+    import datasets
+
+    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return HubSource(dataset, "owner/data", None, None, text_field)
+
+
+def texts_of(rows):
+    return [row.value.decode() if isinstance(row.value, bytes) else row.value for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------ positions
+
+
+def take(data, count, cursor=None):
+    batches = data.batches(cursor)
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def hashes(batches):
+    return [hashlib.sha256(batch.inputs.tobytes() + batch.targets.tobytes()).hexdigest() for batch in batches]

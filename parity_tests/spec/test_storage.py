@@ -1,0 +1,66 @@
+"""Tensors in files: safetensors as its own library reads it, damage named, bfloat16 rounded as torch does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, from_bfloat16_bits, to_bfloat16_bits
+
+
+def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    values = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones((), np.float64), "c": np.zeros((0, 4))}
+    specs = [TensorSpec(name, value.shape, str(value.dtype)) for name, value in values.items()]
+    with TensorWriter(tmp_path / "ours", specs, {"format": "pt"}) as writer:
+        for name in ("c", "a", "b"):  # another order than declared
+            writer.write(name, values[name])
+    save_file({**values, "half": np.float16([0.5, np.inf])}, tmp_path / "theirs")
+    theirs = TensorReader(tmp_path / "theirs")
+    for name, value in values.items():
+        np.testing.assert_array_equal(load_file(tmp_path / "ours")[name], value, strict=True)
+        np.testing.assert_array_equal(theirs[name], value, strict=True)
+    np.testing.assert_array_equal(theirs["half"], np.float32([0.5, np.inf]), strict=True)
+
+
+def test_writer_wants_each_tensor_once_and_in_shape(tmp_path):
+    specs = [TensorSpec("a", (2,), "float32"), TensorSpec("b", (2,), "float32")]
+    with pytest.raises(ValueError, match="never written: b"), TensorWriter(tmp_path / "x", specs) as writer:
+        writer.write("a", np.zeros(2))
+        with pytest.raises(ValueError, match="a: written twice"):
+            writer.write("a", np.zeros(2))
+        with pytest.raises(ValueError, match=r"b: shape \(3,\), expected \(2,\)"):
+            writer.write("b", np.zeros(3))
+        with pytest.raises(ValueError, match="c: not a tensor of this file"):
+            writer.write("c", np.zeros(2))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "int64", "absent"])
+def test_reader_names_a_damaged_file(tmp_path, damage):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.zeros(4, np.int64 if damage == "int64" else np.float32)}, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    if damage == "text":
+        path.write_text("not a tensor in sight")
+    if damage == "absent":
+        path.unlink()
+    with pytest.raises(UserError, match="model.safetensors"):
+        TensorReader(path)
+
+
+def test_bfloat16_rounds_to_nearest_even_like_torch():
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
+    special = np.float32([0.0, -0.0, 1.0, np.inf, -np.inf, 3.4e38, 1e-45, 1.00390625, 1.01171875])
+    value = np.concatenate([random[~np.isnan(random)], special])
+    expected = torch.from_numpy(value).bfloat16().float().numpy()
+    np.testing.assert_array_equal(from_bfloat16_bits(to_bfloat16_bits(value)), expected)
+    assert np.isnan(from_bfloat16_bits(to_bfloat16_bits(np.uint32([0x7F800001, 0xFFFFFFFF]).view(np.float32)))).all()
+
+
+# Export
