@@ -17,11 +17,12 @@ from parity_tests.support.fakes import MODEL, FakeBackend, FakeData, small_optio
 from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.feed import Validation
-from train.run.loop import COMPLETE, FAILED, Run, fixed_size_parts
+from train.run.loop import COMPLETE, FAILED, Run
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
 from train.run.runlog import read_metrics, validation_curves
+from train.run.scoring import fixed_size_parts
 
 
 class Stage:

@@ -174,7 +174,7 @@ class FakeBackend:
         return TrainingState(self.model_config, {"weights": self._weights}, step=self._steps)
 
     def load_state(self, state: TrainingState) -> None:
-        self._weights, self._steps = state.weights["weights"], 0
+        self._weights, self._steps = state.weights["weights"], state.step
 
     def close(self) -> None:
         pass

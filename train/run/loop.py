@@ -18,32 +18,32 @@ A run folder:
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
-import numpy as np
-
-from torch_ref.spec.flops import bf16_peak, flops_per_token
-from torch_ref.spec.interface import IGNORE, Backend, StepResult, UserError
+from torch_ref.spec.interface import Backend, StepResult, UserError
 from torch_ref.spec.storage import write_errors, write_whole
-from train.data.corpus import DataError, compare_identity
-from train.data.feed import HELD_OUT, Data, Validation
+from train.data.corpus import DataError
+from train.data.feed import HELD_OUT, Data
 from train.data.packing import Batch
 from train.plot import plot_runs
+from train.run.changes import changes_since
 from train.run.clock import Clock
-from train.run.extension import LENGTH, extends, why_not
 from train.run.lr_finder import find_learning_rate
-from train.run.options import Options, flag, trajectory_differences
-from train.run.overview import overview, require_disk
+from train.run.measures import step_measures
+from train.run.options import Options
+from train.run.overview import overview, phase_line, require_disk
 from train.run.progress import Progress
-from train.run.runlog import RULE, RunLog, heard, step_line
+from train.run.runlog import RunLog, heard
+from train.run.saving import Saver
+from train.run.scoring import score
 from train.run.signals import CLOSED_PIPE, Stop, StopSignals
+from train.run.spikes import ROLLBACKS, diverged, good_step, in_words, roll_back
 from train.run.tracing import Tracing
-from train.state.resume import own_checkpoints, restore_newest
+from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
 
 FINAL_WEIGHTS = "deepseek_final"
@@ -75,17 +75,13 @@ class Run:
         self.automatic = automatic
         self.signals = StopSignals()
         self.run_dir = run_dir
-        self.checkpoints = run_dir / "checkpoints"
-        self.best = run_dir / "best"
         self.backend = backend
-        self.flops_per_token = flops_per_token(options.model, options.seq_len)
+        self.saver = Saver(backend, run_dir, options.keep_checkpoints, self.spared)
         self.data = data
         self.write_weights = write_weights
         self.progress = Progress()
         self.changes: list[str] = []
         self.saved_step: int | None = None
-        self.under_way: Path | None = None
-        """The checkpoint that is being written."""
         self.log: RunLog
 
     def train(self) -> int:
@@ -114,7 +110,7 @@ class Run:
                         tracing.before_step()
                         self.train_step(batches)
                         tracing.after_step()
-                        self.announce_save()
+                        self.saver.announce(self.log.say)
                         if self.validation_due:
                             self.progress.owed.append("validation")
                         if self.due(self.options.sample_interval):
@@ -125,6 +121,8 @@ class Run:
                             self.save()
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
+                        if self.progress.rollbacks > ROLLBACKS and not self.finished:
+                            return self.stop_spiking()
                         if self.log.unread:
                             return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
                         if signals.received and not self.finished:
@@ -163,10 +161,6 @@ class Run:
         ends_a_phase = self.step in (self.options.steps, self.options.stable_steps)
         return self.due(self.options.checkpoint_interval) or self.clock.save_due or ends_a_phase or self.finished
 
-    @property
-    def phase(self) -> str:
-        return "main" if self.step <= self.options.steps else "extended"
-
     def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
 
@@ -184,7 +178,7 @@ class Run:
         """Put weights, optimizer and progress where the run starts; returns in words where that is."""
         own = own_checkpoints(self.backend, self.run_dir, self.options.resume_from)
         if own and self.options.resume_from:
-            self._refuse_to_go_back(self.options.resume_from, own)
+            refuse_to_go_back(self.options.resume_from, own)
         if own or self.options.resume_from:
             checkpoint = self._restore(own)
             return f"Resuming from {checkpoint} at step {self.step}"
@@ -194,44 +188,14 @@ class Run:
         self.backend.init(self.options.seed)
         return f"Starting from random weights with seed {self.options.seed}"
 
-    def _refuse_to_go_back(self, wanted: Path, own: list[tuple[int, Path]]) -> None:
-        """Going on from an older checkpoint would leave newer ones that do not follow from it."""
-        older = [path for _, path in own[:-1] if path.resolve() == wanted.resolve()]
-        if older:
-            raise UserError(
-                f"--resume-from {wanted}: {self.checkpoints} holds later steps, up to {own[-1][0]}; give another "
-                "--run-dir, or remove the later checkpoints"
-            )
-
     def _restore(self, own: list[tuple[int, Path]]) -> Path:
         """Go on from the newest whole checkpoint of the run, or else the one that was asked for."""
         checkpoint, meta = restore_newest(self.backend, self.run_dir, own, self.options.resume_from)
         if self.options.find_lr:
             # The rate that was found when the run began.
             self._use_learning_rate(meta["options"]["learning_rate"])
-        stored, now = meta["options"], self.options.to_dict()
-        # What `auto` chose, there and here, is the devices' business. Earlier versions did not note what it chose.
-        chosen = [name for name in self.automatic if name in meta.get("automatic", self.automatic)]
-        decided = {name: stored.get(name) for name in chosen if stored.get(name) != now[name]}
-        stored = stored | {name: now[name] for name in chosen}
-        extended = []
-        if extends(stored, self.options, self.step):
-            extended = [name for name in LENGTH if stored[name] != now[name]]
-        told = [f"{flag(name)} was {stored[name]}, now {now[name]}" for name in extended]
-        stored = stored | {name: now[name] for name in extended}
-        differences = trajectory_differences(stored, now)
-        data_differences = compare_identity(meta["data"], self.data.identity)
-        differences += [message for severity, message in data_differences if severity == "refuse"]
-        if differences and not self.options.allow_changed_settings:
-            why = why_not(stored, self.options, self.step, checkpoint.parent)
-            raise UserError(
-                f"{checkpoint}: {'; '.join(differences)}: that would change the run{why}; take the former settings, "
-                "another --run-dir, or --allow-changed-settings"
-            )
-        told += [
-            f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"
-        ]
-        self.changes = told + differences + [message for severity, message in data_differences if severity == "warn"]
+        identity = self.data.identity
+        self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
         self.progress = Progress(**meta["progress"])
         self.saved_step = self.step if checkpoint in [path for _, path in own] else None
         return checkpoint
@@ -250,16 +214,8 @@ class Run:
         write_whole(self.run_dir / "settings.toml", self.options.to_toml().encode())
 
     def _announce_phase(self) -> None:
-        options = self.options
-        if self.step < options.steps:
-            stable = options.stable_steps
-            self.log.say(
-                f"Main phase: steps {self.step + 1} to {options.steps}, learning rate up to {options.learning_rate:g}"
-                f"{f', which decays after step {stable}' if stable else ''}"
-            )
-        elif self.step < options.total_steps:
-            rate = options.schedule(options.steps)
-            self.log.say(f"Extended phase: steps {self.step + 1} to {options.total_steps}, learning rate {rate:g}")
+        if self.step < self.options.total_steps:
+            self.log.say(phase_line(self.options, self.step))
 
     def adopt_learning_rate(self, signals: StopSignals) -> None:
         """Sweep the learning rate from where the run stands, and use the rate that is suggested."""
@@ -291,45 +247,39 @@ class Run:
         progress.skipped_steps += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
         self._log_step(result, seconds, waited)
+        self.heed_spike(result.loss)
         if self.ends_main_phase:
             self._announce_phase()
 
     def _log_step(self, result: StepResult, seconds: float, waited: float) -> None:
-        progress = self.progress
-        speed = result.tokens / seconds
-        counts = result.expert_counts
-        flops, peak, memory = speed * self.flops_per_token, bf16_peak(self.backend.device), self.backend.peak_memory
-        mfu = flops / peak if peak else None
-        values = {
-            "step": self.step,
-            "phase": self.phase,
-            "loss": result.loss,
-            "balance_loss": result.balance_loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "tokens": result.tokens,
-            "tokens_seen": progress.tokens_seen,
-            "tokens_per_second": speed,
-            "flops_per_second": flops,
-            **({} if mfu is None else {"mfu": mfu}),
-            **({} if memory is None else {"peak_memory_bytes": memory}),
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-            "applied": result.applied,
-            "skipped_steps": progress.skipped_steps,
-            "expert_load": (counts.max(axis=1) / counts.mean(axis=1).clip(1e-9)).tolist() if counts.size else [],
-            "expert_counts": counts.tolist(),
-            "data_position": progress.cursor,
-            "bad_rows": self.data.bad_rows,
-        }
-        batches = self.options.micro_batches
-        line = step_line(self.step, result.loss, result.learning_rate, seconds, speed, batches, flops, mfu, memory)
-        self.log.step(values, line)
+        progress, told = self.progress, (seconds, waited, self.data.bad_rows)
+        self.log.step(*step_measures(self.options, self.backend, result, progress, *told))
         if not result.applied:
             self.log.warn(
                 f"step {self.step} updated nothing: loss {result.loss} or gradient norm {result.grad_norm} is not "
                 f"finite ({progress.skipped_in_a_row} in a row, at {self.options.max_skipped_steps} the run stops)"
             )
+
+    @property
+    def good_step(self) -> int:
+        """The step of the checkpoint to roll back to; 0 if there is none."""
+        return good_step(self.progress, self.step, self.options.checkpoint_interval)
+
+    def heed_spike(self, loss: float) -> None:
+        """Warn of a run that diverges, and roll it back if that was asked for."""
+        median = diverged(self.progress, loss, self.options)
+        if median is None:
+            return
+        good, begun = self.good_step, self.step - self.progress.spikes_in_a_row + 1
+        rolled_back = False
+        if self.options.spike_action == "rollback":
+            self.saver.settle(self.log.say)
+            rolled_back = roll_back(self.backend, self.saver.folder, good, self.progress)
+        values = {"step": self.step, "loss": loss, "median": median, "begun": begun}
+        self.log.spike(values | {"rolled_back_to": good if rolled_back else None})
+        self.log.warn(in_words(values, self.options, good if rolled_back else None))
+        if rolled_back:
+            self.save()
 
     # --------------------------------------------------------------------------- validation, checkpoints, samples
 
@@ -349,8 +299,11 @@ class Run:
         first of them."""
         better: bool | None = None
         # All are scored before any is taken note of: a signal in between leaves the validation undone as a whole.
-        scores = {name: self._score(validation) for name, validation in self.data.validations.items()}
-        for name, (loss, values) in scores.items():
+        rows = self.options.rows_per_pass * self.options.devices
+        held_out = self.data.validations.items()
+        scores = {name: score(self.backend, part, rows, self.heed_signals) for name, part in held_out}
+        for name, values in scores.items():
+            loss = values["loss"]
             values = {"step": self.step, **({} if name == HELD_OUT else {"dataset": name}), **values}
             verdict = ""
             if better is None:
@@ -364,77 +317,34 @@ class Run:
                 f"Perplexity: {values['perplexity']:.2f} | Bits per byte: {values['bits_per_byte']:.4f}{verdict}",
             )
         if better:
-            path = self._write_checkpoint(self.best, f"step_{self.step}")
-            for _, other in self.backend.find(self.best):
-                if other != path:
-                    self.backend.delete(other)
-
-    def _score(self, validation: Validation) -> tuple[float, dict[str, float]]:
-        """Mean loss in nats per token, and what the log keeps of it."""
-        loss_sum, tokens = 0.0, 0
-        for inputs, targets in fixed_size_parts(*validation.rows, self.options.rows_per_pass * self.options.devices):
-            self.heed_signals()
-            part_sum, part_tokens = self.backend.evaluate(inputs, targets)
-            loss_sum += part_sum
-            tokens += part_tokens
-        loss = loss_sum / tokens
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(loss))
-        bits_per_byte = loss_sum / math.log(2) / validation.bytes
-        return loss, {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte, "tokens": tokens}
+            # It is saved in the middle of a validation that is then done.
+            self.saver.keep_best(self._meta(owed=[]))
 
     def save(self) -> None:
         """Begin a checkpoint of this step, unless there is one. It may land while training goes on."""
         if self.saved_step == self.step:
             return
-        self.settle_save()
         name = f"step_final_{self.step}" if self.finished else f"step_{self.step}"
-        self.log.say(f"{RULE}\nSaving checkpoint at step {self.step}\n{RULE}")
-        self.under_way = self._write_checkpoint(self.checkpoints, name)
+        self.saver.begin(name, self._meta(), self.log.say)
         self.saved_step = self.step
         self.clock.saved()
-        self.announce_save()
 
-    def announce_save(self) -> None:
-        """Say so once the checkpoint under way has landed; only then do older ones make room. What went wrong in the
-        background is raised here."""
-        with self._checkpoint_errors(self.under_way):
-            self.backend.check_saves()
-        if self.under_way is None or not self.under_way.exists():
-            return
-        self.log.say(f"Checkpoint saved to: {self.under_way}\n{RULE}")
-        self.under_way = None
-        if self.options.keep_checkpoints:
-            for step, old in self.backend.find(self.checkpoints)[: -self.options.keep_checkpoints]:
-                if step != self.options.stable_steps:  # from there the run can be extended
-                    self.backend.delete(old)
-
-    def settle_save(self) -> None:
-        """Wait for the checkpoint under way; what went wrong with it is raised here."""
-        with self._checkpoint_errors(self.under_way):
-            self.backend.wait()
-        self.announce_save()
-
-    def _write_checkpoint(self, folder: Path, name: str) -> Path:
-        meta = {
+    def _meta(self, **progress: object) -> dict:
+        """What a checkpoint holds besides the backend's state."""
+        return {
             "step": self.step,
             "loss": self.progress.loss,
             "framework": self.backend.framework,
             "options": self.options.to_dict(),
             "automatic": list(self.automatic),
             "data": self.data.identity,
-            # The best state is saved in the middle of a validation that is then done.
-            "progress": dataclasses.asdict(self.progress) | ({"owed": []} if folder == self.best else {}),
+            "progress": dataclasses.asdict(self.progress) | progress,
         }
-        with self._checkpoint_errors(folder / name):
-            return self.backend.save(folder, name, meta)
 
-    @contextmanager
-    def _checkpoint_errors(self, path: Path | None) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"checkpoint {path} cannot be written: {error}; those before it are whole") from error
+    def spared(self) -> tuple[int | None, ...]:
+        """Steps whose checkpoints do not make room: from one the run can be extended, to one it may roll back."""
+        rolls_back = self.options.spike_action == "rollback"
+        return self.options.stable_steps, self.good_step if rolls_back else None
 
     def sample(self) -> None:
         """Let the model continue the prompt, with random numbers that belong to this sample alone."""
@@ -452,7 +362,7 @@ class Run:
     def finish(self) -> int:
         """The run is complete: final weights and curves."""
         self.save()
-        self.settle_save()
+        self.saver.settle(self.log.say)
         path = self.write_weights(self.run_dir, self.backend)
         self.log.say(f"Final weights saved to: {path}")
         self._end("complete", f"The run is complete: {self.outcome}")
@@ -494,6 +404,19 @@ class Run:
         )
         return FAILED
 
+    def stop_spiking(self) -> int:
+        """Going back again would go on for ever: the batches are not what it is that makes the run diverge."""
+        self.progress.rollbacks = 0  # a resumed run may try as many again
+        self.saved_step = None  # the checkpoint of this step has another count
+        self.save()
+        self._end(
+            "diverged",
+            f"Stopped at step {self.step}: the loss rose again after each of {ROLLBACKS} rollbacks to the same "
+            "weights, which the checkpoint holds. The same command tries on with new data; a lower --learning-rate "
+            "(with --allow-changed-settings) may help",
+        )
+        return FAILED
+
     def stop_without_data(self, error: DataError) -> int:
         if self.step:
             self.save()
@@ -501,21 +424,10 @@ class Run:
         return FAILED
 
     def _end(self, state: str, message: str) -> None:
-        self.settle_save()
+        self.saver.settle(self.log.say)
         self.log.end(self.step, state)
         self.log.say(message)
         if self.step:
             with write_errors(picture := self.run_dir / "plot.png"):
                 plot_runs([self.run_dir], picture)
             self.log.say(f"Curves drawn to: {picture}")
-
-
-def fixed_size_parts(inputs: np.ndarray, targets: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows in parts of one size, so that a framework compiles one shape; what fills up the last part is not scored."""
-    for start in range(0, len(inputs), rows):
-        missing = max(start + rows - len(inputs), 0)
-        fill = ((0, missing), (0, 0))
-        yield (
-            np.pad(inputs[start : start + rows], fill),
-            np.pad(targets[start : start + rows], fill, constant_values=IGNORE),
-        )

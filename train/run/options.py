@@ -111,6 +111,12 @@ class TrainingOptions:
     """Stop with a checkpoint after so many minutes of this start, to go on another time; 0: no limit."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row whose loss or gradient is not finite; such a step updates nothing."""
+    spike_factor: float = 1.5
+    """A loss above this many times the running median is a spike; 0 turns the watch off."""
+    spike_steps: int = 10
+    """So many spikes in a row are a run that diverges, of which the log warns."""
+    spike_action: Literal["warn", "rollback"] = "warn"
+    """What is done about it. rollback: back to the weights of the last good checkpoint, with the next data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +182,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             object.__setattr__(self, "tokens", None)
         at_least_one = (
             "steps batch_size rows_per_pass seq_len tokens_per_chunk shuffle_window checkpoint_interval sample_tokens "
-            "max_skipped_steps"
+            "max_skipped_steps spike_steps"
         )
         not_negative = (
             "extended_steps warmup_steps keep_checkpoints eval_interval sample_interval patience validation_rows "
@@ -191,6 +197,9 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         if self.decay_steps != "auto":
             self._require(self.lr_schedule == "wsd", "decay_steps", "only --lr-schedule wsd holds the rate before it")
             self._require(1 <= self.decay_steps <= self.steps, "decay_steps", f"must be from 1 to --steps {self.steps}")
+        self._require(
+            self.spike_factor == 0 or 1 < self.spike_factor < math.inf, "spike_factor", "must be above 1, or 0"
+        )
         self.profiled()
         for name in ("max_minutes", "checkpoint_minutes"):
             self._require(0 <= getattr(self, name) < math.inf, name, "must be a number of minutes, or 0")

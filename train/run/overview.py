@@ -71,3 +71,13 @@ def require_disk(options: Options, run_dir: Path) -> None:
             f"--run-dir {run_dir}: no space left: a checkpoint takes {size_in_words(needed)}, there is room for "
             f"{size_in_words(free)}; make room, or choose another folder"
         )
+
+
+def phase_line(options: Options, step: int) -> str:
+    """What comes after `step` steps: the main or the extended phase."""
+    if step >= options.steps:
+        rate = options.schedule(options.steps)
+        return f"Extended phase: steps {step + 1} to {options.total_steps}, learning rate {rate:g}"
+    stable = options.stable_steps
+    decay = f", which decays after step {stable}" if stable else ""
+    return f"Main phase: steps {step + 1} to {options.steps}, learning rate up to {options.learning_rate:g}{decay}"

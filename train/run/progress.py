@@ -18,6 +18,14 @@ class Progress:
     skipped_steps: int = 0
     """Steps without an update since the start of the run."""
     skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Finite losses of the last steps, nats per token, for their median: `spikes.WINDOW` of them."""
+    spikes_in_a_row: int = 0
+    """Steps, up to the last one, whose loss was a spike."""
+    rolled_back_at: int = 0
+    """The step at which the run was last rolled back; 0 if it never was."""
+    rollbacks: int = 0
+    """How often in a row it was, to the same weights."""
     best_loss: float | None = None
     """Lowest validation loss, nats per token."""
     best_step: int = 0

@@ -1,9 +1,9 @@
 """Where a run's story goes: console, `training.logs`, `metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases.
 
 `training.logs` holds what the console shows. `metrics.jsonl` holds one JSON object a line, told apart by `kind`:
-`step` (every optimizer step), `validation`, `sample` and `end`; numbers that are not finite are null. When a run
-resumes, both are cut back to the step it goes on from, so that no step appears twice. Nothing is deleted: what is cut
-goes to `training.cut.logs` and `metrics.cut.jsonl`.
+`step` (every optimizer step), `validation`, `sample`, `spike` and `end`; numbers that are not finite are null. When a
+run resumes, both are cut back to the step it goes on from, so that no step appears twice. Nothing is deleted: what is
+cut goes to `training.cut.logs` and `metrics.cut.jsonl`.
 """
 
 from __future__ import annotations
@@ -152,6 +152,11 @@ class RunLog:
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.announce(f"Generating text sample at step {step}", f"Prompt: {prompt}", "Generated text:", prompt + text)
         self._record("sample", {"step": step, "prompt": prompt, "text": text})
+
+    def spike(self, values: dict[str, Any]) -> None:
+        """A run that diverges: the step, its loss, the running median, the first spike, and the step of the weights it
+        was rolled back to, or None."""
+        self._record("spike", values)
 
     def end(self, step: int, state: str) -> None:
         """Note why the run ended, for the list of runs."""

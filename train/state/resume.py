@@ -44,6 +44,16 @@ def own_checkpoints(backend: Backend, run_dir: Path, other: Path | None) -> list
     return own
 
 
+def refuse_to_go_back(wanted: Path, own: list[tuple[int, Path]]) -> None:
+    """Going on from an older checkpoint of the run would leave newer ones that do not follow from it."""
+    last, newest = own[-1]
+    if any(path.resolve() == wanted.resolve() for _, path in own[:-1]):
+        raise UserError(
+            f"--resume-from {wanted}: {newest.parent} holds later steps, up to {last}; give another --run-dir, or "
+            "remove the later checkpoints"
+        )
+
+
 def restore_newest(
     backend: Backend, run_dir: Path, own: list[tuple[int, Path]], other: Path | None
 ) -> tuple[Path, dict]:

@@ -1,0 +1,56 @@
+"""What is logged of an optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch_ref.spec.flops import bf16_peak, flops_per_token
+from torch_ref.spec.interface import Backend, StepResult
+from train.run.options import Options
+from train.run.progress import Progress
+from train.run.runlog import step_line
+
+
+def step_measures(
+    options: Options,
+    backend: Backend,
+    result: StepResult,
+    progress: Progress,
+    seconds: float,
+    waited: float,
+    bad_rows: int,
+) -> tuple[dict[str, Any], str]:
+    """The values of the last step for the metrics, and its line for the console.
+
+    Args:
+        progress: with the step taken note of.
+        seconds: of the whole step, `waited` of them for data.
+        bad_rows: left out of the data so far.
+    """
+    step, speed, counts = backend.steps_done, result.tokens / seconds, result.expert_counts
+    flops, peak = speed * flops_per_token(options.model, options.seq_len), bf16_peak(backend.device)
+    mfu, memory = flops / peak if peak else None, backend.peak_memory
+    values = {
+        "step": step,
+        "phase": "main" if step <= options.steps else "extended",
+        "loss": result.loss,
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "tokens": result.tokens,
+        "tokens_seen": progress.tokens_seen,
+        "tokens_per_second": speed,
+        "flops_per_second": flops,
+        **({} if mfu is None else {"mfu": mfu}),
+        **({} if memory is None else {"peak_memory_bytes": memory}),
+        "step_seconds": seconds,
+        "data_wait_seconds": waited,
+        "applied": result.applied,
+        "skipped_steps": progress.skipped_steps,
+        "expert_load": (counts.max(axis=1) / counts.mean(axis=1).clip(1e-9)).tolist() if counts.size else [],
+        "expert_counts": counts.tolist(),
+        "data_position": progress.cursor,
+        "bad_rows": bad_rows,
+    }
+    batches = options.micro_batches
+    return values, step_line(step, result.loss, result.learning_rate, seconds, speed, batches, flops, mfu, memory)
