@@ -7,7 +7,8 @@ the mutation suite and the report all use these functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,11 @@ FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-1}
 """Bounds of modules, hidden states, logits and losses: largest error over largest value. In bfloat16, of which a value
 has 8 bits, they only say that nothing is broken in that type; what is computed is compared in the others."""
 TRACED_LAYERS = 3
-"""Layers for which `FORWARD` bounds what a module returns in the running model. It carries the errors of all layers
-before it, which add up like a random walk: in a deeper model the bound grows with the root of their number."""
+"""Layers for whose modules `FORWARD` bounds what they return in the running model in float32. Deeper ones carry the
+errors of all layers before them, and get it times the root of their number over this. Measured on 30 layers (hidden
+size 96, 2 x 128 tokens): the worst module of a layer is off by 7.5e-7 in the first, 2e-6 in the 5th, 4e-6 in the 10th
+and 9.7e-6 in the 26th, which is layer^0.7; with training's start values 8e-7 to 8e-6, layer^0.7; at the sizes of
+smol-774m 1.3e-5. In float64 the same goes from 1e-15 to 2e-14: nothing is widened there."""
 GRADIENT = {"float64": 1e-10, "float32": 1e-4}
 """Bounds of every parameter's gradient."""
 DIVERGENCE = {"float64": 1e-12, "float32": 1e-9, "bfloat16": 1e-2}
@@ -203,14 +207,11 @@ def compare_outputs(case: Case, got: Outcome, expected: Outcome, judge: str = ""
     """What two outcomes of one forward pass have in common, in its order: module outputs, hidden states, logits, loss.
     `judge` stands before the names of the rungs."""
     forward, measurements = FORWARD[case.dtype], []
-    traced = forward * max(1.0, (case.config.num_layers / TRACED_LAYERS) ** 0.5)
 
     def measure(rung: str, where: str, error: float, bound: float) -> None:
         measurements.append(Measurement(judge + rung, case.name, case.dtype, where, float(error), bound))
 
-    for name, value in expected.trace.items():
-        bound = 0.0 if np.issubdtype(value.dtype, np.integer) else traced
-        measure("trace", name, relative_error(got.trace.get(name, np.empty(0)), value), bound)
+    measurements += compare_trace(f"{judge}trace", case.name, case.dtype, got.trace, expected.trace, trace_bound)
     for layer, pair in enumerate(zip(got.layers, expected.layers, strict=True)):
         measure("hidden", f"layer {layer}", relative_error(*pair), forward)
     measure("logits", "logits", relative_error(got.logits, expected.logits), forward)
@@ -218,6 +219,31 @@ def compare_outputs(case: Case, got: Outcome, expected: Outcome, judge: str = ""
     measure("KL", "largest of a token", divergence, DIVERGENCE[case.dtype])
     measure("loss", "next-token loss", relative_error(got.loss, expected.loss), forward)
     return measurements
+
+
+def compare_trace(
+    rung: str,
+    case: str,
+    dtype: str,
+    got: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    bound: Callable[[str, str], float],
+) -> list[Measurement]:
+    """Module outputs by name, in the order of `expected`; integers (choices) have to be the same, others within the
+    bound of their name and dtype."""
+    measurements = []
+    for name, value in expected.items():
+        error = relative_error(got.get(name, np.empty(0)), value)
+        limit = 0.0 if np.issubdtype(value.dtype, np.integer) else bound(name, dtype)
+        measurements.append(Measurement(rung, case, dtype, name, error, limit))
+    return measurements
+
+
+def trace_bound(name: str, dtype: str) -> float:
+    """Of what a module returns in the running model, by its path."""
+    layer = re.match(r"layers\.(\d+)\b", name)
+    depth = (int(layer[1]) + 1) / TRACED_LAYERS if layer and dtype != "float64" else 1.0
+    return FORWARD[dtype] * max(1.0, depth**0.5)
 
 
 def kl_divergence(expected: np.ndarray, got: np.ndarray) -> np.ndarray:

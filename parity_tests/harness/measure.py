@@ -238,18 +238,18 @@ def run_torch(
             total.backward()
         with torch.no_grad():
             logits = model.logits(recorder.output.hidden)
-        layers = [_to_numpy(hidden) for hidden in recorder.output.layers]
-        recorded = {name: _to_numpy(value) for name, value in recorder.values.items()}
-        merged.add(_to_numpy(total), map(_to_numpy, parts), layers, _to_numpy(logits), recorded)
+        layers = [to_numpy(hidden) for hidden in recorder.output.layers]
+        recorded = {name: to_numpy(value) for name, value in recorder.values.items()}
+        merged.add(to_numpy(total), map(to_numpy, parts), layers, to_numpy(logits), recorded)
     taken = {
-        name: _to_numpy(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        name: to_numpy(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for name, parameter in model.named_parameters()
         if gradients
     }
-    return merged.outcome(taken, [_to_numpy(chosen) for chosen in recorder.choices])
+    return merged.outcome(taken, [to_numpy(chosen) for chosen in recorder.choices])
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
+def to_numpy(tensor: Any) -> np.ndarray:
     """NumPy has no bfloat16: its values come as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()

@@ -239,16 +239,25 @@ def test_mean_loss_is_that_of_scored_targets():
     assert mean_loss(logits, targets) == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize(("layers", "error", "passes"), [(2, 1.1e-5, False), (12, 1.1e-5, True), (12, 2.1e-5, False)])
-def test_modules_of_a_deep_model_carry_the_errors_of_the_layers_before_them(layers, error, passes):
+@pytest.mark.parametrize(
+    ("layer", "dtype", "error", "passes"),
+    [
+        (1, "float32", 1.1e-5, False),
+        (11, "float32", 1.1e-5, True),
+        (11, "float32", 2.1e-5, False),
+        (11, "float64", 1.1e-12, False),
+    ],
+)
+def test_modules_of_a_deep_model_carry_the_errors_of_the_layers_before_them(layer, dtype, error, passes):
+    """In float32; float64 has room enough."""
     from parity_tests.harness.cases import Case
     from parity_tests.harness.ladder import compare_outputs
     from parity_tests.harness.measure import Outcome
     from torch_ref.spec.config import ComputeConfig
 
-    case = Case("deep", replace(MODEL, num_layers=layers), ComputeConfig(), ComputeConfig())
-    value = np.ones((1, 2, 3), np.float32)
-    right = Outcome(0, 1, 0, value[None], value, np.zeros(0, int), {}, {"layers.1.mlp": value})
-    measured = compare_outputs(case, replace(right, trace={"layers.1.mlp": value + np.float32(error)}), right)
+    case = Case("deep", replace(MODEL, num_layers=12), ComputeConfig(dtype=dtype), ComputeConfig(dtype=dtype))
+    value, name = np.ones((1, 2, 3), dtype), f"layers.{layer}.mlp"
+    right = Outcome(0, 1, 0, value[None], value, np.zeros(0, int), {}, {name: value})
+    measured = compare_outputs(case, replace(right, trace={name: value + np.asarray(error, dtype)}), right)
     assert [each.rung for each in measured] == ["trace", "hidden", "logits", "KL", "loss"]
     assert measured[0].passed == passes and all(each.passed for each in measured[1:])

@@ -1,0 +1,336 @@
+"""Runs a torch module, or a JAX function or nnx module, and records what every module of it takes and returns; the
+models know nothing of being watched.
+
+In float64 a module that computes in float32 whatever its input (norms and softmax of `transformers` do) would hide
+everything below 1e-7. So there casts from float64 to float32 are lifted: left in float64, and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from parity_tests.harness.measure import to_numpy
+
+Lift = Callable[[int], bool] | None
+"""Whether the cast of this number, counted from 0, is lifted; None lifts none."""
+
+
+@dataclass
+class Record:
+    """What one side made of its inputs."""
+
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """What modules take (`input of PATH`) and return (`PATH`; the model itself: `output`), in the order in which this
+    was known. Of several results the first is under the module's own name, others are under `PATH.1`, ..."""
+    casts: list[int] = field(default_factory=list)
+    """Of every cast from float64 to float32, the number of values recorded before it."""
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of the sum of the output times given numbers, by the name of the tensor; `input N` are those of the inputs."""
+
+
+class _Recorder:
+    """Collects a record while a model runs; values stay what they are (tensors, tracers) until it is over."""
+
+    def __init__(self, lift: Lift) -> None:
+        self.lift, self.values, self.casts = lift, {}, []
+
+    def cast(self) -> bool:
+        """Notes a cast; whether it is lifted."""
+        self.casts.append(len(self.values))
+        return self.lift is not None and self.lift(len(self.casts) - 1)
+
+    def keep(self, name: str, value: Any, is_array: Callable[[Any], bool]) -> None:
+        leaves = [leaf for leaf in _leaves(value) if is_array(leaf)]
+        for index, leaf in enumerate(leaves):
+            self._put(f"{name}.{index}" if index else name, leaf)
+
+    def take(self, path: str, args: tuple, kwargs: Mapping, is_array: Callable[[Any], bool]) -> None:
+        """A module's first input."""
+        first = next((each for each in (*args, *kwargs.values()) if is_array(each)), None)
+        if path and first is not None:
+            self._put(f"input of {path}", first)
+
+    def _put(self, name: str, leaf: Any) -> None:
+        calls, unique = 1, name
+        while unique in self.values:
+            calls += 1
+            unique = f"{name}, call {calls}"
+        self.values[unique] = leaf
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [] if value is None else [value]
+
+
+def as_numpy(value: Any) -> Any:
+    """A tensor or an array as NumPy's; what is none (a flag, a number, None) as it is."""
+    if type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach"):
+        return to_numpy(value)
+    return np.asarray(value) if hasattr(value, "shape") else value
+
+
+class _Place(int):
+    """Stands for a float input: which one."""
+
+
+def map_inputs(inputs: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and dicts, with the function applied to what is of this type."""
+    if isinstance(inputs, Mapping):
+        return {key: map_inputs(value, kind, function) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(map_inputs(value, kind, function) for value in inputs)
+    return function(inputs) if isinstance(inputs, kind) else inputs
+
+
+def _in_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _arguments(inputs: Any) -> tuple[tuple, dict]:
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
+def _upstream(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+class TorchSide:
+    """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict."""
+
+    def __init__(self, module: Any, inputs: Any) -> None:
+        self.module, self.inputs = module.eval(), inputs
+        self.values = {
+            name: to_numpy(tensor).astype(np.float64)
+            for name, tensor in module.state_dict().items()
+            if tensor.is_floating_point()
+        }
+
+    def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
+        import torch
+
+        module, recorder = self.module.to(getattr(torch, dtype)), _Recorder(lift)
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                if name in self.values:
+                    tensor.copy_(torch.from_numpy(self.values[name].astype(dtype)))
+        leaves: list[Any] = []
+
+        def tensor(array: np.ndarray) -> Any:
+            made = torch.from_numpy(np.array(_in_dtype(array, dtype)))
+            if gradients and made.is_floating_point():
+                leaves.append(made.requires_grad_())
+            return made
+
+        args, kwargs = _arguments(map_inputs(self.inputs, np.ndarray, tensor))
+        module.zero_grad()
+        with contextlib.ExitStack() as stack:
+            for path, child in module.named_modules():
+                for hook in self._hooks(path, child, recorder):
+                    stack.callback(hook.remove)
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            if lift is not None:
+                stack.enter_context(_lifted_torch(recorder))
+            output = module(*args, **kwargs)
+            record = Record({name: to_numpy(value) for name, value in recorder.values.items()}, recorder.casts)
+            if gradients:
+                out = next(leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor))
+                out.backward(torch.from_numpy(_upstream(tuple(out.shape), dtype)).to(out.dtype))
+        if gradients:
+            for name, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    record.gradients[name] = to_numpy(parameter.grad)
+            for index, leaf in enumerate(leaves):
+                if leaf.grad is not None:
+                    record.gradients[f"input {index}"] = to_numpy(leaf.grad)
+            module.zero_grad()
+        return record
+
+    @staticmethod
+    def _hooks(path: str, module: Any, recorder: _Recorder) -> list[Any]:
+        import torch
+
+        def is_tensor(value: Any) -> bool:
+            return isinstance(value, torch.Tensor)
+
+        return [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: recorder.take(path, args, kwargs, is_tensor), with_kwargs=True
+            ),
+            module.register_forward_hook(lambda _, args, output: recorder.keep(path or "output", output, is_tensor)),
+        ]
+
+
+def _lifted_torch(recorder: _Recorder) -> Any:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Lifted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            wide = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in args)
+            if wide and kwargs.get("dtype") is torch.float32 and recorder.cast():
+                kwargs = {**kwargs, "dtype": torch.float64}
+            return function(*args, **kwargs)
+
+    return Lifted()
+
+
+class JaxSide:
+    """An nnx module in evaluation mode, or a function of parameters and inputs. `values` are its float tensors (of an
+    nnx module: parameters and batch statistics) in float64, by their paths with dots."""
+
+    def __init__(self, model: Any, params: Any, inputs: Any) -> None:
+        import jax
+        from flax import nnx
+
+        self.inputs, self.is_module = inputs, isinstance(model, nnx.Module)
+        if self.is_module:
+            model.eval()
+            self._graphdef, self._state, self._rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+            params = nnx.to_pure_dict(self._state)
+        else:
+            self._function = model
+            self._takes_record = "record" in inspect.signature(model).parameters
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
+        name_of = jax.tree_util.keystr
+        self._leaves = {name_of(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+        floats = {name: leaf for name, leaf in self._leaves.items() if np.issubdtype(leaf.dtype, np.floating)}
+        self.values = {name: leaf.astype(np.float64) for name, leaf in floats.items()}
+
+    def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
+        """One operation after the other, uncompiled: what is recorded under `jax.jit` or in a loop is then a number."""
+        import jax
+
+        record: Record
+        with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices("cpu")[0]), jax.disable_jit():
+            with jax.default_matmul_precision("highest"), mock.patch("jax.checkpoint", lambda function, **_: function):
+                record = self._run(dtype, lift, gradients)
+        return record
+
+    def _run(self, dtype: str, lift: Lift, gradients: bool) -> Record:
+        import jax
+
+        recorder = _Recorder(lift)
+        values = {name: self.values.get(name, leaf) for name, leaf in self._leaves.items()}
+        params = {name: jax.numpy.asarray(_in_dtype(value, dtype)) for name, value in values.items()}
+        floats: list[Any] = []  # the inputs that can be differentiated
+
+        def placed(array: np.ndarray) -> Any:
+            value = jax.numpy.asarray(_in_dtype(array, dtype))
+            if array.dtype.kind != "f":
+                return value
+            floats.append(value)
+            return _Place(len(floats) - 1)
+
+        inputs = map_inputs(self.inputs, np.ndarray, placed)
+
+        def forward(params: dict[str, Any], floats: list[Any]) -> Any:
+            args, kwargs = _arguments(map_inputs(inputs, _Place, lambda place: floats[place]))
+            output = self._call(params, args, kwargs, recorder)
+            out = next(leaf for leaf in _leaves(output) if isinstance(leaf, jax.Array))
+            return out, recorder.values
+
+        with _lifted_jax(recorder) if lift is not None else contextlib.nullcontext():
+            if not gradients:
+                _, recorded = forward(params, floats)
+            else:
+                trained = {name: value for name, value in params.items() if name in self.values}
+                out, backward, recorded = jax.vjp(lambda t, f: forward(params | t, f), trained, floats, has_aux=True)
+                by_name, of_inputs = backward(jax.numpy.asarray(_upstream(out.shape, dtype), out.dtype))
+        # by the recorder's order: JAX sorts the names of what it returns
+        record = Record({name: np.asarray(recorded[name]) for name in recorder.values}, recorder.casts)
+        if gradients:
+            record.gradients = {name: np.asarray(value) for name, value in by_name.items()}
+            record.gradients |= {f"input {index}": np.asarray(value) for index, value in enumerate(of_inputs)}
+        return record
+
+    def _call(self, params: dict[str, Any], args: tuple, kwargs: dict, recorder: _Recorder) -> Any:
+        import jax
+
+        tree = jax.tree_util.tree_unflatten(self._tree, [params[name] for name in self._leaves])
+        if not self.is_module:
+
+            def record(name: str, value: Any) -> Any:
+                recorder.keep(name, value, lambda each: isinstance(each, jax.Array))
+                return value
+
+            more = {"record": record} if self._takes_record else {}
+            output = self._function(tree, *args, **kwargs, **more)
+            record("output", output)
+            return output
+        from flax import nnx
+
+        state = jax.tree.map(lambda leaf: leaf, self._state)
+        nnx.replace_by_pure_dict(state, tree)
+        module = nnx.merge(self._graphdef, state, self._rest)
+        with _watched(module, recorder):
+            return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _watched(module: Any, recorder: _Recorder) -> Iterator[None]:
+    """Records every call of a module in an nnx model."""
+    import jax
+    from flax import nnx
+
+    paths: dict[int, str] = {}
+    for path, child in nnx.iter_modules(module):
+        paths.setdefault(id(child), ".".join(map(str, path)))
+
+    def is_array(value: Any) -> bool:
+        return isinstance(value, jax.Array)
+
+    def wrapped(original: Callable) -> Callable:
+        def call(child: Any, *args: Any, **kwargs: Any) -> Any:
+            path = paths.get(id(child))
+            if path is None:  # made on the way
+                return original(child, *args, **kwargs)
+            recorder.take(path, args, kwargs, is_array)
+            output = original(child, *args, **kwargs)
+            recorder.keep(path or "output", output, is_array)
+            return output
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for cls in {type(child) for _, child in nnx.iter_modules(module) if callable(child)}:
+            stack.enter_context(mock.patch.object(cls, "__call__", wrapped(cls.__call__)))
+        yield
+
+
+@contextlib.contextmanager
+def _lifted_jax(recorder: _Recorder) -> Iterator[None]:
+    from jax.extend.core import primitives
+
+    left: list[Any] = []  # a cast that stays: under vmap and grad it comes here again for what is inside, uncounted
+
+    def bind(primitive: Any, key: str) -> Any:
+        original = primitive.bind
+
+        def lifted(*args: Any, **params: Any) -> Any:
+            wide = any(getattr(each, "dtype", None) == np.float64 for each in args)
+            if left or not wide or params.get(key) != np.float32:
+                return original(*args, **params)
+            if recorder.cast():
+                return original(*args, **(params | {key: np.dtype(np.float64)}))
+            left.append(primitive)
+            try:
+                return original(*args, **params)
+            finally:
+                left.pop()
+
+        return mock.patch.object(primitive, "bind", lifted)
+
+    with bind(primitives.convert_element_type_p, "new_dtype"), bind(primitives.dot_general_p, "preferred_element_type"):
+        yield

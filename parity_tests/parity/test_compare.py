@@ -1,0 +1,333 @@
+"""`python -m parity_tests.compare`: a right port passes; a mistake is found, named at its module and, where it can be
+tried, proven; what the file says wrongly is one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="one side is torch")
+pytest.importorskip("flax", reason="the other side is Flax")
+
+from parity_tests import compare
+from parity_tests.harness.links import Slot, propose
+from torch_ref.spec.interface import UserError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def said(capsys, *arguments: object) -> tuple[int, str]:
+    """The exit code, and what was printed."""
+    code = compare.main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def changed(example: str, tmp_path: Path, *changes: tuple[str, str]) -> Path:
+    """An example in which a mistake was made."""
+    text = (EXAMPLES / example).read_text()
+    for right, wrong in changes:
+        assert text.count(right) >= 1, right
+        text = text.replace(right, wrong)
+    (tmp_path / example).write_text(text)
+    return tmp_path / example
+
+
+@pytest.mark.parametrize("example", ["attention.py", "functional_mlp.py", "llama_block.py"])
+def test_a_right_port_passes(example, capsys):
+    if example == "llama_block.py":
+        pytest.importorskip("transformers")
+    code, text = said(capsys, EXAMPLES / example, "--gradients")
+    assert code == 0 and text.endswith("Equal within the bounds.\n"), text
+    assert re.findall("^ok   (modules|gradients), (float64|float32)", text, re.M) == [
+        ("modules", "float64"),
+        ("modules", "float32"),
+        ("gradients", "float64"),
+        ("gradients", "float32"),
+    ]
+
+
+ROTATED = "jnp.concatenate([-second, first], axis=-1)"
+INTERLEAVED = """    half = x.shape[-1] // 2
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    first, second = x[..., ::2], x[..., 1::2]
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+"""
+LLAMA = {
+    "square weight": (
+        ("NAMES = {", 'NAMES = {\n    "self_attn.o_proj.weight": ("attention.o.kernel", lambda w: w),'),
+        "self_attn.o_proj: modules, float64",
+        "self_attn.o_proj.weight is square, and JAX uses it transposed. Then all the rest agrees",
+    ),
+    "epsilon": (
+        ("keepdims=True) + EPS)", "keepdims=True) + 1e-6)"),
+        "input_layernorm: modules, float64",
+        "epsilon: JAX has 1e-06 in input_layernorm, torch 1e-05",
+    ),
+    "epsilon outside the root": (
+        (
+            "jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPS)",
+            "1 / (jnp.mean(wide**2, axis=-1, keepdims=True) ** 0.5 + EPS)",
+        ),
+        "input_layernorm: modules, float64",
+        "epsilon: JAX adds that of input_layernorm outside the root, torch inside",
+    ),
+    "RoPE layout": (
+        ("    first, second = jnp.split(x, 2, axis=-1)\n", INTERLEAVED),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj: modules, float64",
+        "RoPE: JAX rotates neighbouring values (interleaved), torch halves. Then all the rest agrees",
+    ),
+    "RoPE direction": (
+        (ROTATED, "jnp.concatenate([second, -first], axis=-1)"),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj",
+        "RoPE: JAX rotates the other way round",
+    ),
+    "K/V heads": (
+        ("jnp.repeat(each, HEADS // KV_HEADS, axis=2)", "jnp.tile(each, (1, 1, HEADS // KV_HEADS, 1))"),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj",
+        "K/V heads: query head h reads K/V head h mod 2 in JAX, h // 4 in torch. Then all the rest agrees",
+    ),
+    "softmax dtype": (
+        ("scores.astype(jnp.float32)", "scores"),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj: float32 inside, float64",
+        "the dtype of a softmax, norm or router: torch is in float32 here whatever its input, JAX in",
+    ),
+    "mask": (
+        ("np.tri(SEQ, dtype=bool)", "np.ones((SEQ, SEQ), bool)"),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj",
+        "a mask: JAX lets every position see every other. Then all the rest agrees",
+    ),
+    "scale": (
+        ("/ HEAD_DIM**0.5", ""),
+        "self_attn, in its own code between self_attn.v_proj and self_attn.o_proj",
+        "softmax's scale: JAX has 1 where torch has scaling",
+    ),
+    "activation": (
+        ("jax.nn.silu", "jax.nn.gelu"),
+        "mlp, in its own code between mlp.up_proj and mlp.down_proj: modules, float64",
+        "the activation: JAX has GELU by tanh, torch silu. Then all the rest agrees",
+    ),
+}
+"""Of each mistake: the change, where it shows, and the suspect that has to be the first."""
+
+
+@pytest.mark.parametrize("fault", LLAMA)
+def test_a_mistake_in_a_llama_block_is_found_and_named(fault, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="the block is one of transformers")
+    change, place, suspect = LLAMA[fault]
+    code, text = said(capsys, changed("llama_block.py", tmp_path, change))
+    assert code == 1
+    assert f"They part first in {place}" in text, text
+    first = re.search("^  1. (.*)", text, re.M)[1]
+    assert first.startswith("confirmed, ") and suspect in first, text
+
+
+MLP = {
+    "epsilon": (
+        ("variance + 1e-5", "variance + 1e-6"),
+        "norm: modules, float64",
+        "epsilon: JAX has 1e-06 in norm, torch 1e-05",
+    ),
+    "epsilon outside the root": (
+        ("jnp.sqrt(variance + 1e-5)", "(jnp.sqrt(variance) + 1e-5)"),
+        "norm: modules, float64",
+        "epsilon: JAX adds that of norm outside the root",
+    ),
+    "variance over n - 1": (
+        ("x.var(-1, keepdims=True)", "x.var(-1, keepdims=True, ddof=1)"),
+        "norm: modules, float64",
+        "JAX divides the variance of norm by n - 1",
+    ),
+    "missing bias": ((' + params["up"]["b"]', ""), "up: modules, float64", "a missing bias: JAX does not add up.bias"),
+    "GELU by erf": (
+        ("jax.nn.gelu(y)", "jax.nn.gelu(y, approximate=False)"),
+        "act: modules, float64",
+        "the activation: JAX has GELU by erf, torch gelu",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MLP)
+def test_a_mistake_in_a_function_is_found_and_named(fault, tmp_path, capsys):
+    change, place, suspect = MLP[fault]
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, change))
+    assert code == 1 and f"They part first in {place}" in text, text
+    first = re.search("^  1. (.*)", text, re.M)[1]
+    assert first.startswith("confirmed, ") and suspect in first and first.endswith("Then all the rest agrees"), text
+
+
+def test_what_cannot_be_tried_is_read_from_the_values_or_listed(tmp_path, capsys):
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, ("return x + record", "return record")))
+    assert code == 1 and "They part first in the model, in its own code after down" in text, text
+    assert "  1. seen in the values: something left out: JAX has here what torch has as down" in text, text
+    code, text = said(
+        capsys, changed("functional_mlp.py", tmp_path, ('@ params["down"]["w"]', '@ params["down"]["w"] * 3'))
+    )
+    assert code == 1 and "seen in the values" not in text and "none makes the difference vanish" in text, text
+    code, text = said(
+        capsys, changed("functional_mlp.py", tmp_path, ('record("up", ', 'record("up", 3 * (')), "--gradients"
+    )
+    assert code == 2 and text.startswith("error: ") and "SyntaxError" in text
+    times = ('params["norm"]["scale"] + params', 'params["norm"]["scale"] * 1.0 + 0.0 * x + params')
+    assert said(capsys, changed("functional_mlp.py", tmp_path, times))[0] == 0
+    factor = ('x + record("down", y @', 'x + record("down", 2 * (y @'), ('["down"]["b"])', '["down"]["b"]))')
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, *factor))
+    assert code == 1 and "  1. seen in the values: a factor: JAX has 2 times torch's value everywhere" in text, text
+
+
+def test_a_gradient_that_is_stopped_is_found_with_gradients_only(tmp_path, capsys):
+    file = changed(
+        "functional_mlp.py",
+        tmp_path,
+        ("x.mean(-1, keepdims=True),", "jax.lax.stop_gradient(x.mean(-1, keepdims=True)),"),
+    )
+    assert said(capsys, file)[0] == 0
+    code, text = said(capsys, file, "--gradients")
+    assert code == 1 and "The values agree, the gradients part first here: gradients, float64" in text, text
+    assert "gradient of the first input off by" in text.splitlines()[-2]
+
+
+LINEAR = """
+import numpy as np, torch
+from flax import nnx
+def torch_side():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, {out}), (np.random.default_rng(0).standard_normal((5, 8)),)
+def jax_side():
+    return nnx.Linear(8, {out}, rngs=nnx.Rngs(0))
+"""
+
+
+@pytest.mark.parametrize("out", [8, 12])
+@pytest.mark.parametrize("source", ["torch", "jax"])
+def test_linear_layers_get_each_others_weights(out, source, tmp_path, capsys):
+    file = tmp_path / "linear.py"
+    file.write_text(LINEAR.format(out=out) + f"SOURCE = {source!r}\n")
+    code, text = said(capsys, file, "--gradients")
+    assert code == 0 and "weight -> kernel, transposed\n" in text, text
+    file.write_text(file.read_text() + 'NAMES = {"weight": ("kernel", lambda w: w)}\n')
+    code, text = said(capsys, file)
+    if out == 8:
+        assert code == 1 and "weight is square, and JAX uses it transposed. Then all the rest agrees" in text, text
+    else:
+        assert code == 2 and text.endswith("the function of weight gives the shape (12, 8), kernel has (8, 12)\n")
+
+
+def test_what_jax_alone_computes_in_float32_is_said_unless_it_is_meant(tmp_path, capsys):
+    """The fused attention of torch takes its softmax in the dtype it is given."""
+    pytest.importorskip("transformers", reason="the block is one of transformers")
+    fused = ('"eager"', '"sdpa"')
+    code, text = said(capsys, changed("llama_block.py", tmp_path, fused))
+    assert code == 1 and "float32 inside, float64, llama_block: input of self_attn.o_proj off by" in text, text
+    assert "JAX is in float32 here whatever its input, torch in the input's dtype" in text
+    meant = "FLOAT32 = ('input of self_attn.o_proj',)"
+    assert f"If it is meant: {meant}" in text
+    assert said(capsys, changed("llama_block.py", tmp_path, fused, ("NAMES = {", f"{meant}\nNAMES = {{")))[0] == 0
+
+
+def test_flax_attention_has_its_softmax_in_float32(tmp_path, capsys):
+    """`nnx.MultiHeadAttention` differs from torch's by 4e-8 in float64."""
+    code, text = said(capsys, changed("attention.py", tmp_path, ('FLOAT32 = ("output",)', "FLOAT32 = ()")))
+    assert code == 1 and "float32 inside, float64, attention: output off by" in text, text
+
+
+def test_values_inside_jit_scan_and_checkpoint_are_recorded(tmp_path, capsys):
+    """Two layers in one stacked tensor each, scanned, against a list of layers."""
+    file = tmp_path / "stacked.py"
+    file.write_text(
+        """
+import jax, jax.numpy as jnp, numpy as np, torch
+def torch_side():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)), (torch.randn(3, 6),)
+NAMES = {f"{i}.weight": (f"w{i}", lambda w: w.T) for i in range(2)} | {f"{i}.bias": f"b{i}" for i in range(2)}
+@jax.jit
+def model(params, x, record):
+    numbers = iter(range(2))
+    @jax.checkpoint
+    def layer(x, both):
+        return record(str(next(numbers)), x @ both[0] + both[1]), None
+    stacked = [jnp.stack([params[f"{name}{i}"] for i in range(2)]) for name in "wb"]
+    return jax.lax.scan(layer, x, stacked)[0]
+model.__wrapped__  # jitted
+def jax_side():
+    draw = np.random.default_rng(0).standard_normal
+    return model, {"w0": draw((6, 6)), "w1": draw((6, 6)), "b0": np.zeros(6), "b1": np.zeros(6)}
+"""
+    )
+    code, text = said(capsys, file, "--gradients")
+    assert code == 0 and "Compared: 3 values, from 0 to output" in text, text
+
+
+def slots(**shapes: tuple[int, ...]) -> dict[str, Slot]:
+    return {
+        name.replace("_weight", ".weight"): Slot(name, shape, "linear" if len(shape) == 2 else "")
+        for name, shape in shapes.items()
+    }
+
+
+def test_names_are_proposed_where_they_leave_no_doubt():
+    links = propose(
+        slots(q_proj_weight=(4, 4), k_proj_weight=(4, 4), up_weight=(8, 4), down_weight=(4, 8)),
+        {"wq": (4, 4), "wk": (4, 4), "up_w": (4, 8), "down_w": (8, 4)},
+        {},
+    )
+    assert {link.torch: link.jax for link in links} == {
+        "q_proj.weight": "wq",
+        "k_proj.weight": "wk",
+        "up.weight": "up_w",
+        "down.weight": "down_w",
+    }
+    with pytest.raises(UserError, match="a.weight could be x.w or y.w; b.weight could be x.w or y.w: say which"):
+        propose(slots(a_weight=(4, 4), b_weight=(4, 4)), {"x.w": (4, 4), "y.w": (4, 4)}, {})
+
+
+def test_layers_are_told_apart_by_their_numbers():
+    names = [f"layers.{index}.{name}" for index in (1, 11, 2) for name in ("q", "k")]
+    leaves = {f"blocks.{index}.attn.{name}.kernel": (4, 4) for index in (11, 2, 1) for name in ("k", "q")}
+    links = propose({f"{name}.weight": Slot(name, (4, 4), "linear") for name in names}, leaves, {})
+    assert {link.torch: link.jax for link in links} == {
+        f"layers.{index}.{name}.weight": f"blocks.{index}.attn.{name}.kernel" for index in (1, 11, 2) for name in "qk"
+    }
+
+
+def test_a_square_matrix_is_laid_out_like_the_others():
+    sides = slots(up_weight=(8, 4), square_weight=(4, 4))
+    for shape, how in (((4, 8), "transposed"), ((8, 4), "as it is")):
+        links = {link.torch: link for link in propose(sides, {"up.w": shape, "square.w": (4, 4)}, {})}
+        assert links["square.weight"].how == how and "like the other tensors named w" in links["square.weight"].doubt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("def jax_side", "def flax_side"), "has no function jax_side()"),
+        (
+            ("return mlp, params", "return params"),
+            "jax_side() must return an nnx.Module, or a function and its parameters",
+        ),
+        (("return MLP(), (", "return MLP, ("), "torch_side() must return a torch.nn.Module and its inputs"),
+        (('SOURCE = "jax"', 'SOURCE = "flax"'), "SOURCE must be 'torch' or 'jax', not 'flax'"),
+        (('SOURCE = "jax"', 'NAMES = {"up.wait": "up.w"}'), "NAMES: torch has no 'up.wait'; 'up.weight'?"),
+        (('SOURCE = "jax"', 'NAMES = {"up.weight": "up.v"}'), "NAMES: JAX has no 'up.v'; 'up.w'?"),
+        (
+            ('SOURCE = "jax"', 'NAMES = {"up.weight": "norm.scale"}'),
+            "up.weight of shape (96, 24) does not become norm.scale",
+        ),
+        (('SOURCE = "jax"', 'FLOAT32 = "norm"'), "FLOAT32 must be a tuple of names, not a name"),
+        (('SOURCE = "jax"', 'FLOAT32 = ("nrm",)'), "FLOAT32: what is compared has no 'nrm'; 'norm'?"),
+        (("import numpy as np", "import nump as np"), "ModuleNotFoundError: No module named 'nump'"),
+        (("return x + record", "return x[0, :, :5] + record"), "jax_side()'s model fails in float64: ValueError: "),
+    ],
+)
+def test_mistakes_of_the_file_are_one_line(change, message, tmp_path, capsys):
+    file = changed("functional_mlp.py", tmp_path, change)
+    code, text = said(capsys, file)
+    last = text.splitlines()[-1]
+    assert code == 2 and last.startswith(f"error: {file}: ") and message in last, text
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    assert said(capsys, tmp_path / "none.py") == (2, f"error: {tmp_path}/none.py: no such file\n")
