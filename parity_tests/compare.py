@@ -178,7 +178,7 @@ def explain(pair: Pair, place: Measurement, wide: dict[str, Record]) -> Iterator
     if place.dtype == "float32":
         yield "  1. float64 agrees: a lower precision of products (TF32, bfloat16), or float32 where digits cancel"
         return
-    attempts = list(trials(scene))
+    attempts = list({trial.text: trial for trial in trials(scene)}.values())
     said = [
         f"confirmed, with it the difference is {left:.0e}: {trial.text}. {_after(scene, record, place)}"
         for trial, record, left in confirmed(scene, place.bound, attempts)

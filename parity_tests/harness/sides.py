@@ -47,7 +47,7 @@ class _Recorder:
         return self.lift is not None and self.lift(len(self.casts) - 1)
 
     def keep(self, name: str, value: Any, is_array: Callable[[Any], bool]) -> None:
-        leaves = [leaf for leaf in _leaves(value) if is_array(leaf)]
+        leaves = [leaf for leaf in leaves_of(value) if is_array(leaf)]
         for index, leaf in enumerate(leaves):
             self._put(f"{name}.{index}" if index else name, leaf)
 
@@ -65,11 +65,12 @@ class _Recorder:
         self.values[unique] = leaf
 
 
-def _leaves(value: Any) -> list[Any]:
+def leaves_of(value: Any) -> list[Any]:
+    """What is in a nest of tuples, lists and dicts, without Nones."""
     if isinstance(value, Mapping):
-        return [leaf for part in value.values() for leaf in _leaves(part)]
+        return [leaf for part in value.values() for leaf in leaves_of(part)]
     if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in _leaves(part)]
+        return [leaf for part in value for leaf in leaves_of(part)]
     return [] if value is None else [value]
 
 
@@ -144,7 +145,7 @@ class TorchSide:
             output = module(*args, **kwargs)
             record = Record({name: to_numpy(value) for name, value in recorder.values.items()}, recorder.casts)
             if gradients:
-                out = next(leaf for leaf in _leaves(output) if isinstance(leaf, torch.Tensor))
+                out = next(leaf for leaf in leaves_of(output) if isinstance(leaf, torch.Tensor))
                 out.backward(torch.from_numpy(_upstream(tuple(out.shape), dtype)).to(out.dtype))
         if gradients:
             for name, parameter in module.named_parameters():
@@ -238,7 +239,7 @@ class JaxSide:
         def forward(params: dict[str, Any], floats: list[Any]) -> Any:
             args, kwargs = _arguments(map_inputs(inputs, _Place, lambda place: floats[place]))
             output = self._call(params, args, kwargs, recorder)
-            out = next(leaf for leaf in _leaves(output) if isinstance(leaf, jax.Array))
+            out = next(leaf for leaf in leaves_of(output) if isinstance(leaf, jax.Array))
             return out, recorder.values
 
         with _lifted_jax(recorder) if lift is not None else contextlib.nullcontext():

@@ -31,8 +31,7 @@ class Usual:
 
 
 USUAL = (
-    Usual("a softmax, norm or router in float32 on one side, in the activations' dtype on the other", ".", 1e-11, 1e-5),
-    Usual("a constant or table (RoPE's angles) that one side rounds to float32", "att|rope|rotary", 1e-10, 1e-3),
+    Usual("a constant, table (RoPE's angles) or result that one side rounds to float32", ".", 1e-10, 1e-5),
     Usual("another epsilon, or one outside the root", "norm|ln", 1e-9, 1e-1),
     Usual("GELU by tanh on one side, by erf on the other", "mlp|ffn|act|gelu|down|fc|dense", 1e-6, 1e-2),
     Usual("another theta, scale or offset of positions in RoPE", "attn|attention|rope|rotary", 1e-4, 10),

@@ -7,6 +7,8 @@ Each is a context manager that changes torch's weights, an attribute of its modu
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from unittest import mock
 import numpy as np
 
 from parity_tests.harness.pair import Pair, split_name
+from parity_tests.harness.sides import leaves_of
 
 Plant = Callable[[], AbstractContextManager]
 
@@ -38,18 +41,45 @@ class Scene:
         self.pair, self.name, self.expected, self.got = pair, name, expected, got
         head, self.path, _ = split_name(name)
         self.is_input = bool(head)
-        modules = dict(pair.torch.module.named_modules())
-        path = self.path.rpartition(".")[0] if self.is_input else self.path
-        while path not in modules:  # `output`, or one of several results
+        self.modules = dict(pair.torch.module.named_modules())
+        path = self.path
+        while path not in self.modules:  # `output`, or one of several results
             path = path.rpartition(".")[0]
-        self.owner = path
+        self.suspected = bool(path) and not self.is_input and f"input of {path}" not in got
+        """Whether the module around it may be to blame as well: what went in is not known."""
+        self.owner = path.rpartition(".")[0] if self.is_input else path
         """The module whose own code made the value."""
-        self.module = modules[path]
+
+    @property
+    def module(self) -> Any:
+        return self.modules[self.owner]
+
+    @property
+    def fed(self) -> bool:
+        """Whether what torch's module takes is a value that JAX has alike: then the code around it does nothing."""
+        taken = self.expected.get(f"input of {self.owner}")
+        if taken is None:
+            return False
+        names = [name for name in self.expected if name in self.got]
+        alike = [self.expected[name] for name in names[: names.index(self.name)]]
+        alike += [value for value in leaves_of(self.pair.torch.inputs) if isinstance(value, np.ndarray)]
+        return any(value.shape == taken.shape and np.array_equal(value, taken) for value in alike)
+
+    def outer(self) -> Scene:
+        """The same place, with the module around the owner as the one to blame."""
+        scene = copy.copy(self)
+        scene.owner, scene.suspected = self.owner.rpartition(".")[0], False
+        return scene
 
     def inside(self) -> Iterator[tuple[str, Any]]:
-        """The owner and the modules in it."""
-        for path, module in self.module.named_modules():
-            yield ".".join(part for part in (self.owner, path) if part), module
+        """The owner and the modules in it, but for those whose results are known to agree, or come later."""
+        settled = {path for path in self.got if path != self.owner and (self.is_input or path != self.path)}
+        for name, module in self.module.named_modules():
+            path = ".".join(part for part in (self.owner, name) if part)
+            below = path[len(self.owner) :].lstrip(".").split(".") if name else []
+            around = {".".join([*filter(None, [self.owner]), *below[: i + 1]]) for i in range(len(below))}
+            if not around & settled:
+                yield path, module
 
     @property
     def before(self) -> str | None:
@@ -62,6 +92,9 @@ class Scene:
     def place(self) -> str:
         """In words."""
         owner = self.owner or "the model"
+        if self.suspected and not self.fed:
+            around = self.owner.rpartition(".")[0] or "the model"
+            return f"{owner}, or in {around}'s own code before it" + (f", after {self.before}" if self.before else "")
         if self.is_input:
             between = f"between {self.before} and {self.path}" if self.before else f"before {self.path}"
             return f"{owner}, in its own code {between}"
@@ -76,6 +109,8 @@ def trials(scene: Scene) -> Iterator[Trial]:
         makers = (_rope, _masks, _activations, _heads, _scales, _epsilons, _norms, _ties, _transposed, _biases)
     for maker in makers:
         yield from maker(scene)
+    if scene.suspected:
+        yield from trials(scene.outer())
 
 
 def _value(scene: Scene, changes: dict[str, np.ndarray]) -> Plant:
@@ -298,10 +333,19 @@ def _activations(scene: Scene) -> Iterator[Trial]:
         "no activation": lambda x: x,
     }
     used = [name for name in ("gelu", "silu", "relu") if _calls(scene, name)]
-    for name in used:
-        for text, function in choices.items():
-            plant = _rewritten(scene.module, {name: lambda original, x, *a, f=function, **k: f(x)})
-            yield Trial(f"the activation: JAX has {text}, torch {name}", plant)
+    for name, (text, function) in itertools.product(used, choices.items()):
+        plant = _rewritten(scene.module, {name: lambda original, x, *a, f=function, **k: f(x)})
+        yield Trial(f"the activation: JAX has {text}, torch {name}", plant)
+    own = [
+        (path, module)
+        for path, module in scene.inside()
+        if re.search("act|gelu|silu|relu", f"{path.rpartition('.')[2]} {type(module).__name__}".lower())
+        and not any(module.parameters())
+        and not any(module.children())
+    ]
+    for (path, module), (text, function) in itertools.product(own if not used else [], choices.items()):
+        plant = _attribute(module, "forward", lambda x, f=function: f(x))
+        yield Trial(f"the activation: JAX has {text}, torch {type(module).__name__} in {path}", plant)
 
 
 def _ties(scene: Scene) -> Iterator[Trial]:
