@@ -4,6 +4,7 @@ their records under the same names."""
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -57,14 +58,11 @@ class Pair:
         return drawn
 
     def common(self, torch: Record, jax: Record) -> dict[str, np.ndarray]:
-        """Of JAX's record, what torch's has too, under torch's names and in torch's shapes where these have as many
-        values: heads may be an axis of their own."""
+        """Of JAX's record, what torch's has too, under torch's names and, where that is a matter of layout (heads as
+        an axis of their own, channels last), in torch's shapes."""
         renamed = {self.jax_name(name): name for name in torch.values}
         values = {renamed[name]: value for name, value in jax.values.items() if name in renamed}
-        return {
-            name: value.reshape(torch.values[name].shape) if value.size == torch.values[name].size else value
-            for name, value in values.items()
-        }
+        return {name: _laid_out(value, torch.values[name].shape) for name, value in values.items()}
 
     def jax_name(self, name: str) -> str:
         """What torch's value of this name is called on JAX's side."""
@@ -75,6 +73,13 @@ class Pair:
             if known is not None:
                 return head + ".".join([known, *parts[length:]] if known else parts[length:]) + tail
         return name
+
+
+def _laid_out(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if value.ndim == len(shape):
+        turned = np.moveaxis(value, -1, 1) if value.ndim > 2 and value.shape != shape else value
+        return turned if turned.shape == shape else value
+    return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
 def split_name(name: str) -> tuple[str, str, str]:

@@ -331,3 +331,99 @@ def test_mistakes_of_the_file_are_one_line(change, message, tmp_path, capsys):
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert said(capsys, tmp_path / "none.py") == (2, f"error: {tmp_path}/none.py: no such file\n")
+
+
+ROUTER = """
+import jax, jax.numpy as jnp, numpy as np, torch
+
+
+class Router(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(6))
+        self.conv = torch.nn.Conv1d(6, 5, 3)
+        self.qv = torch.nn.Linear(5, 8, bias=False)
+
+    def forward(self, x):
+        x = x * self.scale
+        y = self.conv(x.mT).mT
+        q, v = self.qv(y).chunk(2, -1)
+        weights, chosen = (q.round() + v.round()).topk(2)  # ties everywhere
+        return weights * v.gather(-1, chosen), chosen
+
+
+def torch_side():
+    torch.manual_seed(0)
+    return Router(), (torch.randn(4, 9, 6),)
+
+
+def router(params, x, record):
+    x = x * params["gain"]
+    y = jax.lax.conv_general_dilated(x, params["turned"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+    y = record("body", y + params["shift"])
+    q, v = y @ params["first"], y @ params["second"]
+    scores = jnp.round(q) + jnp.round(v)
+    chosen = jnp.argsort(-scores, stable=True)[..., :2]
+    return jnp.take_along_axis(scores, chosen, -1) * jnp.take_along_axis(v, chosen, -1), chosen
+
+
+def jax_side():
+    shapes = {"gain": 6, "turned": (3, 6, 5), "shift": 5, "first": (5, 4), "second": (5, 4)}
+    return router, {name: np.ones(shape) for name, shape in shapes.items()}
+
+
+NAMES = {
+    "scale": "gain",
+    "conv.weight": "turned",
+    "conv.bias": "shift",
+    "qv.weight": ["first", "second"],
+}
+"""
+
+
+def test_ties_convolutions_parts_and_a_module_of_another_name(tmp_path, capsys):
+    """Which of equal scores torch.topk takes is its own affair, but it cannot be both the first and the last."""
+    file, first = tmp_path / "router.py", "jnp.argsort(-scores, stable=True)[..., :2]"
+    assert first in ROUTER
+    codes = []
+    for word, chosen in (("lowest", first), ("highest", f"3 - {first.replace('-scores', '-scores[..., ::-1]')}")):
+        file.write_text(ROUTER.replace(first, chosen) + 'MODULES = {"conv": "body"}\n')
+        code, text = said(capsys, file)
+        codes.append(code)
+        assert "conv.weight -> turned, [out, in, ...] to [..., in, out]" in text
+        assert "qv.weight[0] -> first, transposed" in text and "qv.weight[1] -> second, transposed" in text
+        if code:
+            assert "They part first in the model, in its own code after conv: modules" in text, text
+            assert re.search(f"  1. confirmed, .*: ties: JAX takes the {word} index among equal scores. Then all", text)
+    assert 1 in codes and 2 not in codes
+
+
+def test_names_that_are_given_wrongly_in_parts(tmp_path, capsys):
+    file = tmp_path / "router.py"
+    file.write_text(ROUTER.replace('["first", "second"]', '["first", "second", "gain"]'))
+    code, text = said(capsys, file)
+    assert code == 2 and text.endswith("NAMES: qv.weight of shape (8, 5) is not 3 equal parts\n")
+
+
+def test_where_a_functions_inputs_are_unknown_the_code_around_is_tried_too(tmp_path, capsys):
+    """`act` is not recorded: the next value is `down`, whose own weights are right."""
+    silent = ('record("act", jax.nn.gelu(y))', "jax.nn.gelu(y, approximate=False)")
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, silent))
+    assert code == 1 and "They part first in down, or in the model's own code before it, after up: modules" in text, (
+        text
+    )
+    assert "  1. confirmed, " in text and "the activation: JAX has GELU by erf, torch gelu. Then all" in text, text
+
+
+def test_a_norm_whose_weight_is_around_zero(tmp_path, capsys):
+    changes = ('* params["norm"]["scale"]', '* (1 + params["norm"]["scale"])')
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, changes))
+    assert code == 1 and "  1. confirmed, " in text and "JAX multiplies by 1 + norm.weight. Then all" in text, text
+
+
+def test_weights_that_are_kept_can_hide_a_mistake(tmp_path, capsys):
+    """Why noise is added: a bias of zeros that is not read."""
+    file = changed("functional_mlp.py", tmp_path, (' + params["up"]["b"]', ""))
+    code, text = said(capsys, file, "--keep-weights")
+    assert code == 0 and "Noise" not in text
+    assert said(capsys, file)[0] == 1
