@@ -72,6 +72,8 @@ def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report,
     """Every rung into the report. Returns the records of float64 with all casts lifted, by side."""
     wide = _run(pair, "float64", gradients, {"torch": lambda _: True, "jax": lambda _: True})
     names = [name for name in wide["torch"].values if name in pair.common(wide["torch"], wide["jax"])]
+    if not names:
+        raise UserError(f"{pair.file}: nothing to compare: no value of the two sides has one name")
     say(_compared(pair, wide, names))
     formulas = _values("modules", pair, "float64", wide)
     report.add(formulas, say)
@@ -213,17 +215,23 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     # Operations are compiled one at a time, once each: without LLVM's optimisations that takes half the time.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-    warnings.simplefilter("ignore")  # those of the user's models would stand between the measurements
     try:
         for package in ("torch", "flax"):
             __import__(package)
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: the models run in both") from error
-    pair, said = open_pair(options.file)
-    for line in prepare(pair, getattr(said, "SOURCE", "torch"), options.keep_weights):
+    with warnings.catch_warnings():  # those of the user's models would stand between the measurements
+        warnings.simplefilter("ignore")
+        return compare(options.file, options.gradients, options.keep_weights)
+
+
+def compare(file: Path, gradients: bool, keep_weights: bool) -> int:
+    """Prints everything; the exit code. Raises `UserError`."""
+    pair, said = open_pair(file)
+    for line in prepare(pair, getattr(said, "SOURCE", "torch"), keep_weights):
         print(line)
     report = Report({})
-    wide = measure(pair, getattr(said, "FLOAT32", ()), options.gradients, report, print)
+    wide = measure(pair, getattr(said, "FLOAT32", ()), gradients, report, print)
     place = first_failure(report.measurements)
     if place is None:
         print("Equal within the bounds.")

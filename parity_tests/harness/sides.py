@@ -110,7 +110,7 @@ class TorchSide:
     """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict."""
 
     def __init__(self, module: Any, inputs: Any) -> None:
-        self.module, self.inputs = module.eval(), inputs
+        self.module, self.inputs = module.eval().cpu(), inputs
         self.values = {
             name: to_numpy(tensor).astype(np.float64)
             for name, tensor in module.state_dict().items()
@@ -289,16 +289,22 @@ def _watched(module: Any, recorder: _Recorder) -> Iterator[None]:
     for path, child in nnx.iter_modules(module):
         paths.setdefault(id(child), ".".join(map(str, path)))
 
+    running: set[str] = set()
+
     def is_array(value: Any) -> bool:
         return isinstance(value, jax.Array)
 
     def wrapped(original: Callable) -> Callable:
         def call(child: Any, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(child))
-            if path is None:  # made on the way
+            if path is None or path in running:  # made on the way, or a class that calls the one it inherits from
                 return original(child, *args, **kwargs)
             recorder.take(path, args, kwargs, is_array)
-            output = original(child, *args, **kwargs)
+            running.add(path)
+            try:
+                output = original(child, *args, **kwargs)
+            finally:
+                running.discard(path)
             recorder.keep(path or "output", output, is_array)
             return output
 
