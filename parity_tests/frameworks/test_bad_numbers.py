@@ -173,7 +173,9 @@ def test_an_idle_expert(backends) -> None:
             np.testing.assert_allclose(after[f"weights {name}"][0], before[f"weights {name}"][0] * decay, rtol=1e-6)
             assert not after[f"first {name}"][0].any() and after[f"first {name}"][1:].any()
         name = f"weights layers.{layer}.mlp.router.balance_bias"
-        assert (after[name][0] > before[name][0]) or CONFIG.balance_bias_rate < 1e-4
+        assert after[name].astype(np.float64)[0] - before[name][0] == pytest.approx(
+            2 * CONFIG.balance_bias_rate, abs=1e-4
+        )
 
 
 def test_gradients_of_zero(backends) -> None:
