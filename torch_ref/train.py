@@ -32,7 +32,10 @@ def build(options: Options) -> tuple[Options, Backend]:
     from torch_ref.device import available_memory, default_dtype, resolve_device
 
     device = resolve_device(options.device)
-    options = settle(options, default_dtype(device), available_memory(device), on_gpu=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    options = settle(
+        options, default_dtype(device), available_memory(device), on_gpu=on_gpu, framework=TorchBackend.framework
+    )
     return options, TorchBackend(options.model, options.compute, options.optimizer, options.device)
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "train.plot": (),
     "train.runs": (),
     "train.bench.__main__": (),
+    "train.plan.__main__": (),
     "train.bench.gpu_check": (),
     "train.warm_start.__main__": ("torch",),
     "parity_tests.report": ("flax", "torch"),

@@ -304,7 +304,8 @@ def test_a_gpu_takes_as_many_rows_as_fit() -> None:
         settled = settle(options, "bfloat16", memory, **device)
         return settled.rows_per_pass, settled.micro_batches, settled.remat, settled.tokens_per_chunk
 
-    needed = {n: step_bytes(MODEL, "bfloat16", n, options.seq_len, 12 // n, "off") for n in (1, 2, 3, 4, 6, 12)}
+    gpu = {"loss_chunk": 4096, "on_gpu": True}
+    needed = {n: step_bytes(MODEL, "bfloat16", n, options.seq_len, 12 // n, "off", **gpu) for n in (1, 2, 3, 4, 6, 12)}
     assert sorted(needed, key=needed.get) == sorted(needed)
     assert rows(10**15) == (1, 12, "off", 512)
     assert rows(None, on_gpu=True) == (1, 12, "off", 4096)

@@ -18,6 +18,7 @@ BF16_PEAKS = {
     "NVIDIA H100 80GB HBM3": 989.4,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H200": 989.4,
+    "NVIDIA B200": 2250.0,
     "NVIDIA GH200 480GB": 989.4,
 }
 """TFLOP/s of dense bfloat16 products, from the makers' data sheets, by the name that the driver gives the device. A

@@ -7,19 +7,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import count_parameters
 
 Remat = Literal["off", "experts", "layers"]
+Framework = Literal["flax", "torch"]
 
 MARGIN = 1.1
-"""Estimates are multiplied by this: allocators keep some memory, and buffers overlap at the peak."""
+"""Estimates are multiplied by this where something is chosen by them: better one size too small than no step."""
+
+PROCESS_BYTES = {"flax": 1_100_000_000, "torch": 350_000_000}
+"""What a process on a CPU holds besides its arrays: the interpreter, the libraries, and for Flax what compiling the
+step leaves behind. Measured on Linux; it varies by a fifth."""
 
 
-def step_bytes(
+def step_parts(
     config: ModelConfig,
     dtype: str,
     micro_batch_size: int,
@@ -27,40 +32,88 @@ def step_bytes(
     micro_batches: int,
     remat: Remat,
     mesh: tuple[int, int, int] = (1, 1, 1),
-) -> int:
-    """Estimated peak of one training step on one device: parameters, both moments, gradients, and what the backward
-    pass keeps.
+    *,
+    loss_chunk: int = 512,
+    framework: Framework = "flax",
+    on_gpu: bool = False,
+) -> dict[str, int]:
+    """Estimated bytes that one device holds at the peak of a training step, by part. How near it comes is measured in
+    docs/plan.md.
 
     `dtype` is the compute dtype; parameters and what belongs to them are float32, or float64 with it. `mesh` are the
-    sizes of data, fsdp and expert: a device then holds a shard, and one layer at a time as a whole.
+    sizes of data, fsdp and expert: a device then holds a shard, and one layer at a time as a whole. `loss_chunk` are
+    the tokens whose logits exist at once. On a CPU the whole process counts, on a GPU its arrays.
     """
-    c = config
+    c, flax = config, framework == "flax"
     wide, narrow = (8, 8) if dtype == "float64" else (4, 2 if dtype == "bfloat16" else 4)
     tokens = micro_batch_size * seq_len
-    # Parameters, two moments, one gradient; and one more where gradients of several micro-batches are summed.
+    chunk = min(tokens, loss_chunk)
     _, fsdp, expert = mesh
-    routed_experts = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * c.num_moe_layers
-    parameters = (count_parameters(c) - routed_experts + routed_experts // expert) // fsdp
-    held = parameters * wide * (5 if micro_batches > 1 else 4)
+    embedding = c.vocab_size * c.hidden_size
+    routed_weights = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * c.num_moe_layers
+    whole = count_parameters(c) - routed_weights + routed_weights // expert
+    parameters = whole // fsdp
+    one_layer = (whole - embedding) // c.num_layers
 
-    norms_and_residuals = 8 * c.hidden_size
-    attention = 4 * c.num_heads * c.qk_head_dim + 3 * c.num_heads * (c.qk_head_dim + c.v_head_dim)
-    attention += 2 * (c.kv_lora_rank + c.qk_rope_head_dim)
+    # Values a token leaves behind in a layer.
     routed = 2 * c.num_experts_per_tok * c.moe_intermediate_size
-    shared = 4 * c.n_shared_experts * c.moe_intermediate_size
-    dense_layer = norms_and_residuals + attention + 4 * c.intermediate_size
-    moe_layer = norms_and_residuals + attention + shared
-    working = 2 * (moe_layer + 2 * routed)  # one layer's backward pass, with gradients beside the activations
+    if flax:  # what `kept` in flax_model/model.py names, and the layer's input
+        padded = c.qk_head_dim if dtype == "bfloat16" and on_gpu else c.v_head_dim  # cuDNN wants one head size
+        attention = c.num_heads * (c.qk_head_dim + padded + wide // narrow)
+        attention += c.num_kv_heads * (c.qk_head_dim + padded)
+        dense, shared = 2 * c.intermediate_size, 2 * c.n_shared_experts * c.moe_intermediate_size
+    else:  # what autograd saves: norms and residuals, heads before and after they are turned, both factors of SwiGLU
+        attention = 6 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.qk_head_dim
+        attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank
+        dense, shared = 4 * c.intermediate_size, 4 * c.n_shared_experts * c.moe_intermediate_size
+    layer_input = c.hidden_size
+    moe_layer = layer_input + attention + shared
+    dense_layer = layer_input + attention + dense
     if remat == "layers":
-        kept = c.num_layers * c.hidden_size
+        kept = c.num_layers * layer_input
     else:
         kept = c.first_k_dense * dense_layer + c.num_moe_layers * (moe_layer + (routed if remat == "off" else 0))
-    loss = 3 * min(tokens, 512) * c.vocab_size * wide + c.vocab_size * c.hidden_size * wide
-    cast_weights = parameters * narrow if narrow != wide else 0
+
+    # Of the layer whose backward pass is at work: what it makes again, and gradients of what it kept.
+    again = {"off": 0, "experts": routed, "layers": moe_layer + routed}[remat]
+    rows = c.num_experts_per_tok * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
+    working = tokens * (again + 2 * attention + 2 * shared + rows) * narrow + one_layer * wide
+    if flax and not on_gpu:  # scores of all query blocks, twice as gradients
+        working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
+    loss = chunk * c.vocab_size * (wide + max(narrow, 0 if flax else wide)) + embedding * (
+        narrow if narrow < wide else 0
+    )
+    if flax:  # the layers' gradients do not exist yet while the loss is taken
+        at_work = max(loss - (parameters - embedding // fsdp) * wide, working)
+        at_work += embedding * wide if tokens > chunk else 0  # its gradient, before and after it is scaled
+    else:  # the embedding's gradient waits for the end of the backward pass
+        at_work = max(loss, working) + embedding * wide
+
+    gradients = parameters * wide * (2 if flax and micro_batches > 1 else 1)
+    activations = tokens * kept * narrow
+    if not flax and not on_gpu and remat != "off" and micro_batches == 1:
+        activations = max(0, activations - gradients)  # freed blocks go back to the system: see torch_ref/cpu.py
+    parts = {
+        "parameters": parameters * wide,
+        "optimizer moments": 2 * parameters * wide,
+        "gradients": gradients,
+        "activations kept for the backward pass": activations,
+        "logits or the layer at work": at_work,
+    }
+    if narrow < wide and not on_gpu:
+        parts["weights in the compute dtype"] = parameters * narrow
     if fsdp > 1:
         # The embedding and its gradient, and one layer in the forward or backward pass, with its gradient.
-        cast_weights += 2 * (c.vocab_size * c.hidden_size * wide + (parameters * fsdp // c.num_layers) * narrow)
-    return int(MARGIN * (held + tokens * (kept + working) * narrow + loss + cast_weights))
+        parts["gathered from the other devices"] = 2 * embedding * wide + one_layer * (narrow + wide)
+    if not on_gpu:
+        parts["the process itself"] = PROCESS_BYTES[framework]
+    return parts
+
+
+def step_bytes(*sizes: Any, **more: Any) -> int:
+    """Bytes to have free for a training step on one device: the sum of `step_parts`, which takes the same arguments,
+    and a margin."""
+    return int(MARGIN * sum(step_parts(*sizes, **more).values()))
 
 
 def choose_remat(
@@ -71,14 +124,15 @@ def choose_remat(
     micro_batches: int,
     available: int | None,
     mesh: tuple[int, int, int] = (1, 1, 1),
+    **more: Any,
 ) -> Remat:
     """The cheapest rematerialisation whose estimated step fits `available` bytes; `layers` where none does, `off`
-    where the memory is unknown (None)."""
+    where the memory is unknown (None). `more` as in `step_parts`."""
     if available is None:
         return "off"
     choices: tuple[Remat, ...] = ("off", "experts")
     for remat in choices:
-        if step_bytes(config, dtype, micro_batch_size, seq_len, micro_batches, remat, mesh) <= available:
+        if step_bytes(config, dtype, micro_batch_size, seq_len, micro_batches, remat, mesh, **more) <= available:
             return remat
     return "layers"
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch_ref.spec.interface import Backend
-from torch_ref.spec.memory import choose_remat, step_bytes
+from torch_ref.spec.memory import Framework, choose_remat, step_bytes
 from train import command_line
 from train.data.feed import open_data, take_along
 from train.run.guard import exclusive
@@ -65,7 +66,14 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
         raise
 
 
-def settle(options: Options, dtype: str, memory: int | None, devices: int = 1, on_gpu: bool = False) -> Options:
+def settle(
+    options: Options,
+    dtype: str,
+    memory: int | None,
+    devices: int = 1,
+    on_gpu: bool = False,
+    framework: Framework = "flax",
+) -> Options:
     """Options with what is `auto` chosen for a device: its own dtype, its free memory, how many of it there are, and
     whether it is a GPU with memory of its own."""
     if options.mesh == "auto":
@@ -74,29 +82,24 @@ def settle(options: Options, dtype: str, memory: int | None, devices: int = 1, o
         options = dataclasses.replace(options, dtype=dtype)
     if options.loss_chunk == "auto":
         options = dataclasses.replace(options, loss_chunk=4096 if on_gpu else 512)
+    kind = {"loss_chunk": options.tokens_per_chunk, "framework": framework, "on_gpu": on_gpu}
     if options.micro_batch_size == "auto":
-        options = dataclasses.replace(options, micro_batch_size=largest_micro_batch(options, memory) if on_gpu else 1)
+        micro = largest_micro_batch(options, memory, **kind) if on_gpu else 1
+        options = dataclasses.replace(options, micro_batch_size=micro)
     if options.remat == "auto":
-        remat = choose_remat(
-            options.model,
-            options.dtype,
-            options.rows_per_pass,
-            options.seq_len,
-            options.micro_batches,
-            memory,
-            options.mesh_shape,
-        )
+        shape = options.dtype, options.rows_per_pass, options.seq_len, options.micro_batches
+        remat = choose_remat(options.model, *shape, memory, options.mesh_shape, **kind)
         options = dataclasses.replace(options, remat=remat)
     return options
 
 
-def largest_micro_batch(options: Options, memory: int | None) -> int:
+def largest_micro_batch(options: Options, memory: int | None, **kind: Any) -> int:
     """The most rows a device can take at once, without rematerialisation if it was not asked for: fewer and larger
-    products. 1 where its memory is not known."""
+    products. 1 where its memory is not known. `kind` as in `step_parts`."""
     rows = options.batch_size // options.devices
     remat = "off" if options.remat == "auto" else options.remat
     for micro in range(rows, 1, -1) if memory else ():
         shape = options.dtype, micro, options.seq_len, rows // micro, remat, options.mesh_shape
-        if rows % micro == 0 and step_bytes(options.model, *shape) <= memory:
+        if rows % micro == 0 and step_bytes(options.model, *shape, **kind) <= memory:
             return micro
     return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.parameters import count_active_parameters, count_parameters
@@ -37,8 +38,20 @@ def own_validations(data: Data) -> str:
     return "".join(f"Validation dataset {name}: {len(rows.inputs)} rows\n" for name, (rows, _) in own.items())
 
 
-def disk_estimate(options: Options, run_dir: Path) -> str:
-    """The space that all checkpoints will take, weights and two moments each, and whether the disk has it."""
+class CheckpointSpace(NamedTuple):
+    """The disk space of a run's checkpoints, in bytes."""
+
+    count: int
+    """Whole states at the same time, the best one not counted."""
+    each: int
+    best: bool
+    """Whether there is a best one besides, of which two exist while it is written."""
+    total: int
+    """All of them, and the final weights."""
+
+
+def checkpoint_space(options: Options) -> CheckpointSpace:
+    """Weights and two moments for each checkpoint that the settings ask for."""
     boundaries = {*range(0, options.total_steps, options.checkpoint_interval), options.steps, options.total_steps}
     boundaries |= {options.stable_steps or 0}
     checkpoints = len(boundaries - {0})
@@ -48,18 +61,26 @@ def disk_estimate(options: Options, run_dir: Path) -> str:
         checkpoints = min(checkpoints, kept + 1)
     best = options.eval_interval > 0 and options.validates
     weights = count_parameters(options.model) * (8 if options.dtype == "float64" else 4)
-    needed = weights * (3 * (checkpoints + 2 * best) + 1)
+    return CheckpointSpace(checkpoints, 3 * weights, best, weights * (3 * (checkpoints + 2 * best) + 1))
+
+
+def disk_estimate(options: Options, run_dir: Path) -> str:
+    """The space that all checkpoints will take, weights and two moments each, and whether the disk has it."""
+    space = checkpoint_space(options)
     present = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
     room = shutil.disk_usage(run_dir).free + present
-    estimate = (
-        f"Disk: {checkpoints} checkpoints of {size_in_words(3 * weights)}{', the best one' if best else ''} and the "
-        f"final weights take up to {size_in_words(needed)}; there is room for {size_in_words(room)}"
-    )
+    estimate = f"Disk: {space_in_words(space)}; there is room for {size_in_words(room)}"
     if options.checkpoint_minutes and not options.keep_checkpoints:
         estimate += "; those of --checkpoint-minutes come on top, --keep-checkpoints N keeps only the latest N"
-    if needed > room:
+    if space.total > room:
         estimate += "\nWarning: that is not enough; --keep-checkpoints N keeps only the latest N"
     return estimate
+
+
+def space_in_words(space: CheckpointSpace) -> str:
+    best = ", the best one" if space.best else ""
+    each, total = size_in_words(space.each), size_in_words(space.total)
+    return f"{space.count} checkpoints of {each}{best} and the final weights take up to {total}"
 
 
 def require_disk(options: Options, run_dir: Path) -> None:

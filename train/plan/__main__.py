@@ -1,0 +1,67 @@
+"""What a run will take, before anything is allocated:
+
+    python -m train.plan --preset smol-774m --gpus 1x1x8 --device h100 --price 2.5
+    python -m train.plan --preset smol-774m --gpus 1x4x8 --device a100 --mesh data=4,fsdp=8 --batch-size 256
+    python -m train.plan --preset small --device cpu --framework torch
+
+Takes every setting of training (`python -m train.flax_main --help`), of which batch, lengths, precision, mesh and steps
+count, and `--config FILE` too. Prints parameters, arithmetic, memory of a device by part, speed and time at a share of
+the card's peak, cost, disk space, and for several devices what they say to each other. Needs neither JAX nor torch.
+How near the estimates come is in docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import Framework
+from train import command_line
+from train.plan.cards import card
+from train.plan.estimate import Gpus, in_words, make_plan
+from train.shell import COMPLETE, parse_flags, shell
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a run will take, before anything is allocated. Every setting of training can be given besides: python -m
+    train.flax_main --help."""
+
+    gpus: str = "1x1x1"
+    """Devices as SLICESxHOSTSxGPUS: 1x1x8 is one host with eight, 1x4x8 four of them."""
+    device: str = "h100"
+    """Card: h100, h200, b200, a100, a100-40gb, h100-pcie, l40s, l4, a10; or cpu, this machine."""
+    framework: Framework = "flax"
+    """Which of the two trains; they keep different things for the backward pass."""
+    mfu: float = 0.4
+    """Assumed speed, as a fraction of the card's peak in the compute dtype. Measured on an H100: 0.17."""
+    price: float | None = None
+    """Price of one device for an hour, in any currency; without it no cost is given."""
+    network_gbits: float | None = None
+    """Network of a host for each of its cards, in Gbit/s. Default: as in NVIDIA's own systems."""
+
+
+@shell
+def main(argv: Sequence[str]) -> int:
+    flags = [word.replace("_", "-") if word.startswith("--") else word for word in argv]
+    asked, of_training = parse_flags(
+        PlanOptions, "python -m train.plan", flags, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    device = card(asked.device)
+    if asked.network_gbits is not None:
+        if asked.network_gbits <= 0:
+            raise UserError(f"--network-gbits {asked.network_gbits:g}: must be above 0")
+        device = dataclasses.replace(device, network=asked.network_gbits / 8 * 1e9)
+    options = command_line.parse(of_training, "python -m train.plan")
+    plan = make_plan(options, device, Gpus.parse(asked.gpus), asked.framework, asked.mfu, asked.price)
+    print(in_words(plan))
+    return COMPLETE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
