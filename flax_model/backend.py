@@ -12,7 +12,7 @@ Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 from jaxtyping import Int
 
 from flax_model.checkpoint import Checkpoints
@@ -60,7 +60,8 @@ class FlaxBackend:
 
     The step for batches of `expected_batch` (rows and their length) is compiled in the background while the state is
     made; that for another shape when the first such batch comes. A float64 run switches JAX to 64-bit types for the
-    whole process. Raises `UserError` for a device, dtype or computation path that is not available.
+    whole process. `devices` are taken instead of those that `device` names: they may be those of a topology, to compile
+    for and not to run on. Raises `UserError` for a device, dtype or computation path that is not available.
     """
 
     framework = "flax"
@@ -73,8 +74,9 @@ class FlaxBackend:
         optimizer: OptimizerConfig,
         device: str = "auto",
         expected_batch: tuple[int, int] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        self._device = resolve_device(device)
+        self._device = devices[0] if devices else resolve_device(device)
         self.model_config = model_config
         self.compute = resolve_compute(compute, self._device, model_config)
         self.optimizer_config = optimizer
@@ -82,7 +84,7 @@ class FlaxBackend:
             jax.config.update("jax_enable_x64", True)
         self._dtype = np.dtype(self.compute.param_dtype)
         self._graphdef = structure(model_config)
-        self._mesh = mesh = make_mesh(mesh_devices(self._device, self.compute.mesh), self.compute.mesh)
+        self._mesh = mesh = make_mesh(devices or mesh_devices(self._device, self.compute.mesh), self.compute.mesh)
         self._batch_sharding = batch_sharding(mesh)
         self._abstract = abstract_state(model_config, self._dtype, mesh)
         self._state: State | None = None
@@ -151,9 +153,19 @@ class FlaxBackend:
             thread.shutdown(wait=False)
 
     def _compile(self, shape: tuple[int, ...]) -> Compiled:
+        return self.lower_step(shape).compile()
+
+    def lower_step(self, shape: tuple[int, ...]) -> Lowered:
+        """The train step for batches of [micro-batches, rows, tokens], not yet compiled."""
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._batch_sharding)
         rate = jax.ShapeDtypeStruct((), self._dtype)
-        return self._train_step.lower(self._abstract, tokens, tokens, rate).compile()
+        return self._train_step.lower(self._abstract, tokens, tokens, rate)
+
+    def lower_evaluation(self, length: int) -> Lowered:
+        """The evaluation of one micro-batch of rows of so many tokens, not yet compiled."""
+        sharding = NamedSharding(self._mesh, PartitionSpec(AXES))
+        rows = jax.ShapeDtypeStruct((self._rows_per_pass, length), np.int32, sharding=sharding)
+        return self._loss_sum.lower(self._abstract["params"], self._abstract["biases"], rows, rows)
 
     def _step_for(self, shape: tuple[int, ...]) -> Compiled:
         """The compiled step for batches of a shape."""

@@ -14,6 +14,8 @@ Twins: `torch_ref/cpu.py`, `flax_model/cpu.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -22,9 +24,22 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+_compiling_for: str | None = None
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Within the block, programs are made for devices of this platform, which need not be there."""
+    global _compiling_for
+    before, _compiling_for = _compiling_for, platform
+    try:
+        yield
+    finally:
+        _compiling_for = before
+
 
 def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+    return (_compiling_for or jax.default_backend()) == "cpu"
 
 
 def linear(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "*batch outputs"]:

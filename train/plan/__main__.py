@@ -13,6 +13,7 @@ How near the estimates come is in docs/plan.md.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import Framework
 from train import command_line
 from train.plan.cards import card
-from train.plan.estimate import Gpus, in_words, make_plan
+from train.plan.estimate import Gpus, Plan, in_words, make_plan
+from train.plan.targets import target_config
 from train.shell import COMPLETE, parse_flags, shell
 
 
@@ -44,6 +46,8 @@ class PlanOptions:
     """Price of one device for an hour, in any currency; without it no cost is given."""
     network_gbits: float | None = None
     """Network of a host for each of its cards, in Gbit/s. Default: as in NVIDIA's own systems."""
+    compile: bool = False
+    """Also compile the run's programs for the card by XLA's own compiler, without the card, and say what they hold."""
 
 
 @shell
@@ -59,8 +63,35 @@ def main(argv: Sequence[str]) -> int:
         device = dataclasses.replace(device, network=asked.network_gbits / 8 * 1e9)
     options = command_line.parse(of_training, "python -m train.plan")
     plan = make_plan(options, device, Gpus.parse(asked.gpus), asked.framework, asked.mfu, asked.price)
-    print(in_words(plan))
+    print(in_words(plan), flush=True)
+    if asked.compile:
+        compile_for(asked.device, plan)
     return COMPLETE
+
+
+def compile_for(name: str, plan: Plan) -> None:
+    """Print what XLA makes of the run's programs for a card. Raises `UserError` for a card that it is not told of."""
+    if plan.framework != "flax":
+        raise UserError("--compile --framework torch: compiles what Flax runs")
+    target_config(name)
+    # Nothing runs: a card that is there stays free.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        from train.plan import programs
+    except ImportError as error:
+        print(f"\nNot compiled: {error.name} is not installed: pip install -e '.[cuda]'")
+        return
+    if lacking := programs.missing():
+        print(f"\nNot compiled: {lacking} is not installed: pip install -e '.[cuda]'")
+        return
+    from train.plan.compiled import Reading
+
+    devices = programs.gpus_of(name, plan.gpus)
+    print(f"\nCompiled by XLA for {len(devices)} x {devices[0].device_kind}, its choices by trial left out:")
+    flops = plan.tokens_per_step * plan.flops_per_token / len(devices)
+    for made in programs.compile_programs(plan.options, devices):
+        reading = Reading(made, plan.card, flops if made.name == "train step" else None)
+        print("\n".join(reading.lines()), flush=True)
 
 
 if __name__ == "__main__":
