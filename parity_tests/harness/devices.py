@@ -106,7 +106,7 @@ def counts_not_summed():
         total = sum_over_devices(tree, shape)
         return total._replace(expert_counts=tree.expert_counts) if hasattr(tree, "expert_counts") else total
 
-    return _patch("backend", "sum_over_devices", summed)
+    return _patch("train_step", "sum_over_devices", summed)
 
 
 @fault("targets counted on one device only", "loss")
@@ -114,7 +114,7 @@ def targets_not_summed():
     from flax_model.sharding import sum_over_devices
 
     return _patch(
-        "backend",
+        "train_step",
         "sum_over_devices",
         lambda tree, shape: sum_over_devices(tree, shape) if hasattr(tree, "_fields") else tree,
     )
@@ -129,19 +129,19 @@ def averaged_twice():
     def averaged(gradients, config, shape):
         return jax.tree.map(lambda leaf: leaf / DEVICES, sum_gradients(gradients, config, shape))
 
-    return _patch("backend", "sum_gradients", averaged)
+    return _patch("train_step", "sum_gradients", averaged)
 
 
 @fault("gradients not summed over the copies of the model", "grad norm")
 def gradients_not_summed():
-    return _patch("backend", "sum_gradients", lambda gradients, config, shape: gradients)
+    return _patch("train_step", "sum_gradients", lambda gradients, config, shape: gradients)
 
 
 @fault("norm of one device's shards", "grad norm")
 def norm_of_a_shard():
     from flax_model.sharding import global_norm
 
-    return _patch("backend", "global_norm", lambda gradients, config, shape: global_norm(gradients, config, (1, 1, 1)))
+    return _patch("train_step", "global_norm", lambda gradients, config, shape: global_norm(gradients, config, (1, 1, 1)))
 
 
 def _swapped(shard, axis: str):
