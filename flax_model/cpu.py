@@ -1,6 +1,8 @@
 """What XLA's CPU backend is slow at, and how JAX gets around it there. Every value is the same either way; on other
-devices each of these functions is the plain operation, or gives back what it is given. All of it is for decoding:
+devices each of these functions is the plain operation, or gives back what it is given. All but the first is for
+decoding:
 
+- `changed_if`: an update without copies of gradients or moments, 6 GB at 774 M parameters
 - `linear` of few rows: weights are read where they lie, without a copy of each (not measured alone)
 - `materialized`: 1.65 instead of 2.02 ms a layer; a product with 576 x 576 takes 72 instead of 272 us
 - `bits`, `read`, in bfloat16: 19.2 instead of 11.2 tokens/s after 1984 tokens
@@ -14,7 +16,7 @@ Twins: `torch_ref/cpu.py`, `flax_model/cpu.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +42,15 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 def on_cpu() -> bool:
     return (_compiling_for or jax.default_backend()) == "cpu"
+
+
+def changed_if(condition: Array, change: Callable[[Any], Any], tree: Any) -> Any:
+    """`change(tree)` where the condition holds, else the tree itself. As a branch XLA computes it in place; other
+    devices choose value by value in the kernel that changes them: to a GPU a branch is a wait for the host, and a copy
+    of all it gives (18.6 GB of traffic a step at 774 M parameters)."""
+    if on_cpu():
+        return jax.lax.cond(condition, change, lambda tree: tree, tree)
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), change(tree), tree)
 
 
 def linear(x: Float[Array, "*batch inputs"], weight: Float[Array, "outputs inputs"]) -> Float[Array, "*batch outputs"]:

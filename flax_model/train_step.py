@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from flax_model.cpu import changed_if
 from flax_model.model import merge, objective
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import gathered_embedding, global_norm, sum_gradients, sum_over_devices
@@ -88,9 +89,8 @@ def train_step(
         )
         return {**state, **adamw(state, clipped, rate, optimizer, decay), "biases": new_biases}
 
-    # `cond` rather than `where` on the results, and clipping by hand: both keep XLA from holding copies of the
-    # gradients or the moments, 6 GB at 774 M parameters.
-    state = jax.lax.cond(applied, update, lambda state: state, state)
+    # Clipping by hand keeps XLA from holding a copy of the gradients, 3 GB at 774 M parameters.
+    state = changed_if(applied, update, state)
     metrics = Metrics(loss, balance_loss, grad_norm, applied, parts.expert_counts)
     return {**state, "step": state["step"] + 1}, metrics
 

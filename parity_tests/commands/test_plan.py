@@ -56,6 +56,9 @@ def test_each_device_holds_its_shard() -> None:
     experts = 3 * 576 * 1536 * 8 * 30
     apart = plan("--batch-size", "8", "--mesh", "expert=8", gpus="1x1x8")
     assert apart.memory["parameters"] == 4 * (FULL - experts * 7 // 8)
+    # Room for the rows of all devices, if they chose this one's expert: four times those of its own tokens.
+    kept = "activations kept for the backward pass"
+    assert apart.memory[kept] - copies.memory[kept] == 3 * 2 * 2048 * 30 * 2 * 2 * 1536
 
 
 def test_memory_grows_with_what_it_depends_on() -> None:

@@ -142,6 +142,25 @@ def test_step_that_is_not_finite_changes_nothing_but_the_counter(backend):
     assert_same(after, before)
 
 
+@pytest.mark.parametrize("applied", [True, False])
+def test_flax_takes_or_leaves_an_update_alike_on_every_device(applied):
+    """By a branch on the CPU, value by value on a GPU: the same bits, whatever was not finite."""
+    pytest.importorskip("jax")
+    import jax
+
+    from flax_model.cpu import changed_if, compiling_for
+
+    tree = {"weights": np.arange(6, dtype=np.float32), "step": np.int32(3)}
+
+    def changed(platform):
+        with compiling_for(platform):
+            made = jax.jit(lambda ok, tree: changed_if(ok, lambda tree: {**tree, "weights": 0 / tree["weights"]}, tree))
+            return made(applied, tree)
+
+    assert_same(changed("gpu"), changed("cpu"))
+    assert np.isnan(changed("gpu")["weights"]).any() == applied
+
+
 def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is_fine(backend):
     """A norm scaled down by as much as the projections after it are scaled up: the loss stays, and the square of the
     norm's gradient overflows float32."""

@@ -55,8 +55,12 @@ def step_parts(
     parameters = whole // fsdp
     one_layer = (whole - embedding) // c.num_layers
 
-    # Values a token leaves behind in a layer.
-    routed = 2 * c.num_experts_per_tok * c.moe_intermediate_size
+    # Values a token leaves behind in a layer. Where experts are on other devices, each has room for all rows that might
+    # come (flax_model/expert_parallel.py).
+    choices = c.num_experts_per_tok
+    if expert > 1:
+        choices = expert * min(choices, c.n_routed_experts // expert)
+    routed = 2 * choices * c.moe_intermediate_size
     if flax:  # what `kept` in flax_model/model.py names, and the layer's input
         padded = c.qk_head_dim if dtype == "bfloat16" and on_gpu else c.v_head_dim  # cuDNN wants one head size
         attention = c.num_heads * (c.qk_head_dim + padded + wide // narrow)
@@ -76,7 +80,7 @@ def step_parts(
 
     # Of the layer whose backward pass is at work: what it makes again, and gradients of what it kept.
     again = {"off": 0, "experts": routed, "layers": moe_layer + routed}[remat]
-    rows = c.num_experts_per_tok * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
+    rows = choices * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
     working = tokens * (again + 2 * attention + 2 * shared + rows) * narrow + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide

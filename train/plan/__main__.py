@@ -84,8 +84,11 @@ def compile_for(name: str, plan: Plan) -> None:
     if lacking := programs.missing():
         print(f"\nNot compiled: {lacking} is not installed: pip install -e '.[cuda]'")
         return
+    import jax
+
     from train.plan.compiled import Reading
 
+    jax.config.update("jax_enable_compilation_cache", False)  # it wants a device to load what it kept
     devices = programs.gpus_of(name, plan.gpus)
     print(f"\nCompiled by XLA for {len(devices)} x {devices[0].device_kind}, its choices by trial left out:")
     flops = plan.tokens_per_step * plan.flops_per_token / len(devices)
