@@ -141,7 +141,9 @@ def gradients_not_summed():
 def norm_of_a_shard():
     from flax_model.sharding import global_norm
 
-    return _patch("train_step", "global_norm", lambda gradients, config, shape: global_norm(gradients, config, (1, 1, 1)))
+    return _patch(
+        "train_step", "global_norm", lambda gradients, config, shape: global_norm(gradients, config, (1, 1, 1))
+    )
 
 
 def _swapped(shard, axis: str):
