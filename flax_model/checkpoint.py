@@ -161,7 +161,7 @@ class Checkpoints:
 
     def delete(self, path: Path) -> None:
         self.wait()
-        shutil.rmtree(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
     def close(self) -> None:
         try:

@@ -78,6 +78,11 @@ def load(path: Path) -> Any:
     that is absent, damaged, or holds other objects than tensors, numbers and texts: unpickling those could run code."""
     with _read_errors(path):
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # torch compresses nothing: what claims to be more than the file is a trap for whoever unpacks it.
+            whole = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not whole or sum(member.file_size for member in members) > path.stat().st_size:
+                raise DamagedCheckpoint(path, "its members are compressed or overlap, which torch never writes")
             if damaged := archive.testzip():
                 raise DamagedCheckpoint(path, f"{damaged} differs from its checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

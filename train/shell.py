@@ -37,8 +37,8 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except (UserError, SpecificationError) as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
-        except KeyboardInterrupt:
-            return INTERRUPTED
+        except KeyboardInterrupt as stop:
+            return 128 + stop.args[0] if stop.args else INTERRUPTED
         except BrokenPipeError:
             forget_output()
             return UNREAD

@@ -1,5 +1,6 @@
 """Text that no file of the user holds: the documentation of the Python at hand, and datasets streamed from the Hub."""
 
+import ast
 import logging
 import os
 import subprocess
@@ -145,6 +146,42 @@ def test_a_hub_that_fails_in_the_middle(hub, tmp_path):
     output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
     first, last = output.splitlines()
     assert first == "10" and last.startswith("DataError --dataset: reading failed after 3 attempts") and "403" in last
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "drops", "stalls", "truncates"])
+def test_a_hub_with_short_failures_loses_and_doubles_no_row(fault, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "2")
+    hub.faults = {2: fault, 5: fault}
+    code = OPEN.format(arguments=("owner/data", "small", None)) + (
+        "import datasets\n"
+        "datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0\n"
+        "reader, texts, state = Reader(source, retries=5, wait=0.01), [], None\n"
+        "while True:\n"
+        "    documents, state = reader.read(state, 7)\n"
+        "    texts += [document.text for document in documents]\n"
+        "    if state is None:\n"
+        "        break\n"
+        "print(texts)"
+    )
+    output, _ = run_with_hub(hub.endpoint, tmp_path / "home", code)
+    assert output.strip() == str(TEXTS) and hub.reads > 5
+
+
+def test_a_dataset_that_changes_meanwhile_is_read_at_its_revision(hub, tmp_path):
+    """The Hub has a newer commit when the run goes on; its rows are those of the one it began with."""
+    code = OPEN.format(arguments=("owner/data", "small", LocalHub.REVISION)) + (
+        "stream = source.rows({state})\n"
+        "texts = [row.value for _, row in zip(range({count}), stream)]\n"
+        "print([texts, stream.state(), source.identity['revision']])"
+    )
+    (first, state, _) = ast.literal_eval(
+        run_with_hub(hub.endpoint, tmp_path / "home", code.format(state=None, count=20))[0]
+    )
+    hub.newest = "6" * 40
+    (rest, _, revision) = ast.literal_eval(
+        run_with_hub(hub.endpoint, tmp_path / "home", code.format(state=state, count=99))[0]
+    )
+    assert first + rest == TEXTS and revision == LocalHub.REVISION
 
 
 def test_a_hub_column_that_is_not_text(tmp_path):

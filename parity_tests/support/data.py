@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,10 @@ class LocalHub:
         self.files = files
         self.refused_after: int | None = None
         """Reads of data files answered before the others are refused; None: all are answered."""
+        self.faults: dict[int, str] = {}
+        """By the number of a read of data files, what happens to it: `429`, `500`, `drops` or `stalls` in the
+        midst of it, or `truncates` it."""
+        self.newest = self.REVISION
         self.reads = 0
         hub = self
 
@@ -117,12 +122,21 @@ class LocalHub:
             def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0)).decode()
                 status, content, headers = hub.answer(self.path, self.headers.get("range"), body)
+                fault = headers.pop("fault", "")
+                if fault == "truncates":
+                    content = content[: len(content) // 2]
                 self.send_response(status)
                 for name, value in {"content-length": str(len(content)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2])
+                    if fault == "stalls":
+                        time.sleep(5)  # more than HF_HUB_DOWNLOAD_TIMEOUT
+                    if fault in ("stalls", "drops"):
+                        self.close_connection = True
+                        return
+                    self.wfile.write(content[len(content) // 2 :])
 
             do_HEAD = do_POST = do_GET
 
@@ -136,7 +150,8 @@ class LocalHub:
         parts = urllib.parse.unquote(urllib.parse.urlparse(path).path).strip("/").split("/")
         match parts:
             case ["api", "datasets", "owner", "data"] | ["api", "datasets", "owner", "data", "revision", self.REVISION]:
-                info = {"id": "owner/data", "sha": self.REVISION, "private": False, "gated": False, "siblings": []}
+                revision = self.REVISION if "revision" in parts else self.newest
+                info = {"id": "owner/data", "sha": revision, "private": False, "gated": False, "siblings": []}
                 return self.json(info)
             case ["api", "datasets", "owner", "data", "tree", self.REVISION, *folder]:
                 inside = [name for name in self.files if name.split("/")[:-1] == folder]
@@ -167,6 +182,10 @@ class LocalHub:
         self.reads += 1
         if self.refused_after is not None and self.reads > self.refused_after:
             return 403, b"", {}
+        fault = self.faults.get(self.reads, "")
+        if fault.isdigit():
+            return int(fault), b"", {}
+        headers |= {"fault": fault} if fault else {}
         start, end = (int(bound) for bound in span.removeprefix("bytes=").split("-"))
         part = content[start : end + 1]
         return 206, part, {**headers, "content-range": f"bytes {start}-{start + len(part) - 1}/{len(content)}"}

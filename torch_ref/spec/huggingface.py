@@ -257,6 +257,8 @@ def _open_weights(folder: Path) -> TensorReader:
     if not index.exists():
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or any(type(f) is not str or Path(f).name != f for f in weight_map.values()):
+        raise UserError(f"{index}: its weight_map does not give each tensor a file of this folder")
     return TensorReader(*(folder / file for file in sorted(set(weight_map.values()))))
 
 

@@ -32,6 +32,7 @@ _CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F1
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _ITEM_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_JSON_BYTES = 256 << 20
 
 Options = TypeVar("Options")
 
@@ -171,21 +172,24 @@ def _read_header(path: Path) -> Iterator[tuple[TensorSpec, int]]:
     """Each tensor of a file with the byte it starts at."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise UserError(f"{path}: not a safetensors file: its header would be {length} bytes long")
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        size = path.stat().st_size
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
                 raise UserError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(_DTYPES)} can be read")
             spec = TensorSpec(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+            if any(type(number) is not int or number < 0 for number in (start, end, *spec.shape)):
+                raise UserError(f"{path}: damaged at {name}: no shape and place in the file")
             if end - start != spec.nbytes or 8 + length + end > size:
                 raise UserError(f"{path}: cut short or damaged at {name}; write or fetch it again")
             yield spec, 8 + length + start
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file") from error
 
 
@@ -214,10 +218,12 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises `UserError` naming the file when it is absent or not that."""
     try:
+        if Path(path).stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, which no such file is")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")

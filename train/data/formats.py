@@ -33,6 +33,11 @@ FileRows = Iterator[tuple[Any, int, int, int]]
 LONGEST_CELL = 1 << 26
 """Longest CSV cell, in characters: where a quote never closes, the file is not swallowed whole."""
 
+LONGEST_LINE = 1 << 28
+"""Bytes of a line, or of a row in an array, that are held: what a compressed file unpacks to has no bound."""
+LONGEST_TEXT = 1 << 30
+"""Bytes of a compressed text file that is one document."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD = 1 << 16
 
@@ -76,6 +81,15 @@ def _not_utf8(encoding: str) -> str:
     return f"{encoding}, not UTF-8: convert it (iconv -f {encoding} -t UTF-8)"
 
 
+def bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Lines, each with its length; of one longer than `LONGEST_LINE` only the beginning, without its end."""
+    while line := stream.readline(LONGEST_LINE):
+        length, last = len(line), line
+        while len(last) == LONGEST_LINE and not last.endswith(b"\n") and (last := stream.readline(LONGEST_LINE)):
+            length += len(last)
+        yield line, length
+
+
 # ------------------------------------------------------------------------------------------------------------- text
 
 
@@ -83,10 +97,15 @@ def text_reader(document_bytes: int) -> Callable[[Path, str, int, int], FileRows
     """Reads text files, each as one row, or in pieces of at most `document_bytes` if that is not 0."""
 
     def read(file: Path, text_field: str, row: int, byte: int) -> FileRows:
+        bound = document_bytes or (LONGEST_TEXT + 1 if file.suffix.lower() in COMPRESSIONS else -1)
         with open_bytes(file, byte) as stream:
             left = b""
-            while piece := left + stream.read(document_bytes - len(left) if document_bytes else -1):
+            while piece := left + stream.read(bound - len(left) if bound > 0 else -1):
                 left = b""
+                if not document_bytes and bound > 0 and len(piece) == bound:
+                    size = f"unpacks to more than {LONGEST_TEXT >> 20} MiB"
+                    yield Bad(f"{size}, too long for one document: --document-bytes cuts it"), row + 1, row + 1, byte
+                    return
                 if document_bytes and len(piece) == document_bytes and stream.peek(1):
                     cut = cut_point(piece)
                     piece, left = piece[:cut], piece[cut:]
@@ -122,10 +141,12 @@ def read_json(file: Path, text_field: str, row: int, byte: int) -> FileRows:
 
 def read_json_lines(file: Path, text_field: str, row: int, byte: int) -> FileRows:
     with open_bytes(file, byte) as lines:
-        for line in lines:
+        for line, length in bounded_lines(lines):
             row += 1
-            byte += len(line)
-            if line.strip():
+            byte += length
+            if length > len(line):
+                yield Bad(f"a line of {length:,} bytes, more than {LONGEST_LINE >> 20} MiB"), row, row, byte
+            elif line.strip():
                 yield parse_json_line(line, text_field), row, row, byte
 
 
@@ -171,7 +192,7 @@ def array_elements(text: IO[str], chunk: int = _HEAD) -> Iterator[Any]:
             start = end
         else:
             more = text.read(max(chunk, len(buffer) - start))
-            if not more:
+            if not more or len(buffer) - start > LONGEST_LINE:
                 yield Bad("not JSON from here on: the rest of the file is lost")
                 return
             buffer, start = buffer[start:] + more, 0
@@ -184,14 +205,14 @@ class CountedLines:
     """Lines as text, invalid UTF-8 as surrogates, and how many lines and bytes were given."""
 
     def __init__(self, stream: IO[bytes], line: int = 0, byte: int = 0):
-        self._stream, self.line, self.byte = stream, line, byte
+        self._lines, self.line, self.byte = bounded_lines(stream), line, byte
 
     def __iter__(self) -> CountedLines:
         return self
 
     def __next__(self) -> str:
-        line = next(self._stream)
-        self.line, self.byte = self.line + 1, self.byte + len(line)
+        line, length = next(self._lines)
+        self.line, self.byte = self.line + 1, self.byte + length
         return line.decode(errors="surrogateescape")
 
 

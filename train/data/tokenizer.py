@@ -33,6 +33,9 @@ CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 PIECE = 1 << 20
 """Characters of a text from which on it is encoded in pieces: a whole book at once takes many times its size."""
 
+LARGEST = 256 << 20
+"""Bytes of a `tokenizer.json`; those of a vocabulary of 256,000 are a tenth of it."""
+
 TRAINED = "bpe"
 TRAINING_BYTES = 32 << 20
 """Text that a BPE is trained on: the start of the corpus, up to this many bytes."""
@@ -179,6 +182,8 @@ def load_tokenizer(name: str, end_of_text: str | None = None) -> TextTokenizer:
         if path.exists() or not looks_like_hub_name(name):
             raise UserError(f"--tokenizer {name}: there is no {file}")
         file = _fetch(name)
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"--tokenizer {name}: {file} is larger than {LARGEST >> 20} MiB, which no tokenizer.json is")
     config = _config_beside(file, name)
     if end_of_text:
         config["eos_token"] = end_of_text

@@ -21,7 +21,8 @@ class Stop(Exception):
 
 class StopSignals:
     """While it is entered, signals are noted in `received` instead of ending the process, so that the step can be
-    finished and saved; in an `interruptible` block they end it at once. A second one ends the process."""
+    finished and saved; in an `interruptible` block they end it at once. A second one ends the process, by a
+    `KeyboardInterrupt` with its number."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -55,7 +56,7 @@ class StopSignals:
 
     def _receive(self, number: int, _: Any) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.received = number
         try:
             # Not print: the signal may have come in the middle of one.
