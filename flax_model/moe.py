@@ -28,7 +28,6 @@ from jaxtyping import Float, Int
 from flax_model import grouped_kernels
 from flax_model.expert_parallel import experts_exchanged
 from flax_model.grouped_experts import count_experts, grouped_experts
-from flax_model.grouped_kernels import cut_blocks
 from flax_model.layers import SwiGLU, wide
 from torch_ref.spec.config import ModelConfig
 
@@ -120,7 +119,7 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     layers can be rematerialised around it)."""
     tokens, topk = routing.chosen.shape
     experts = gate.shape[0]
-    blocks = cut_blocks(routing.chosen, experts, BLOCK)
+    blocks = grouped_kernels.cut_blocks(routing.chosen, experts, BLOCK)
     padded = jnp.concatenate((jnp.repeat(x, topk, axis=0), jnp.zeros_like(x[:1])))
     rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
@@ -138,7 +137,7 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
 def experts_pallas(x, routing: Routing, gate, up, down, remat: bool) -> Float[Array, "tokens hidden"]:
     """Rows in blocks as in `blocks`, by kernels that read each block's weight in place (`grouped_kernels.py`). Where
     Triton does not compile for, the kernels are interpreted: slow, and good for tests."""
-    blocks = cut_blocks(routing.chosen, gate.shape[0], grouped_kernels.ROW_BLOCK)
+    blocks = grouped_kernels.cut_blocks(routing.chosen, gate.shape[0], grouped_kernels.ROW_BLOCK)
 
     def run(interpret: bool, *arrays):
         return grouped_kernels.swiglu_in_blocks(remat, interpret, blocks, *arrays)
