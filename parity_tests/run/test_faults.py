@@ -9,30 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.run.test_loop import Stage
 from parity_tests.support.fakes import small_options
+from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import StepResult, UserError
 from train.run.loop import COMPLETE
 from train.run.runlog import RunLog, read_metrics
 from train.state.resume import own_checkpoints
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.loop.plot_runs", lambda run_dirs, output: output)
-
-
-@pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path / "run")
-
-
-@pytest.fixture
-def straight(tmp_path: Path) -> Stage:
-    """A run that nothing disturbed."""
-    stage = Stage(tmp_path / "straight")
-    assert stage.train() == COMPLETE
-    return stage
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def crash_at(stage: Stage, at_step: int) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.run.test_loop import Stage, kill_at
 from parity_tests.support.fakes import FakeBackend, FakeData, small_options
+from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
 from train.run.lr_finder import HIGHEST, LOWEST, SWEEP_STEPS, Sweep, find_learning_rate, suggestion
 

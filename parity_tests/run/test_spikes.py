@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from parity_tests.harness.kills import MAINS, numbers, settings
-from parity_tests.run.test_loop import Stage, kill_at
 from parity_tests.support.fakes import small_options
+from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
 from train.run.loop import COMPLETE, FAILED
 from train.run.progress import Progress
@@ -22,9 +22,7 @@ from train.run.spikes import LEAST, WINDOW, diverged, good_step
 LONG = {"steps": 45, "extended_steps": 5, "eval_interval": 0, "sample_interval": 0, "learning_rate": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.loop.plot_runs", lambda run_dirs, output: output)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def told(losses: list[float], **changes: object) -> list[int]:
