@@ -108,14 +108,21 @@ def run_module(*arguments: object) -> None:
 
 
 def records(run: Path) -> dict[tuple, dict]:
-    """What a run logged, by kind and step, without times."""
+    """What a run logged, by kind and step, without what is the machine's: times, speeds and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
-    timings = ("tokens_per_second", "step_seconds", "data_wait_seconds", "time")
+    measured = {
+        "tokens_per_second",
+        "flops_per_second",
+        "mfu",
+        "step_seconds",
+        "data_wait_seconds",
+        "peak_memory_bytes",
+    }
     found = {}
     for line in lines:
         kind = "validation" if "perplexity" in line else "step" if "grad_norm" in line else None
         if kind:
-            found[kind, line["step"]] = {name: value for name, value in line.items() if name not in timings}
+            found[kind, line["step"]] = {name: value for name, value in line.items() if name not in measured}
     return found
 
 
