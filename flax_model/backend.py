@@ -88,6 +88,7 @@ class FlaxBackend:
         self._batch_sharding = batch_sharding(mesh)
         self._abstract = abstract_state(model_config, self._dtype, mesh)
         self._state: State | None = None
+        self._steps = 0
         self._checkpoints = Checkpoints()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
         step = partial(
@@ -123,7 +124,11 @@ class FlaxBackend:
 
     @property
     def steps_done(self) -> int:
-        return int(self._state["step"])
+        return self._steps
+
+    @property
+    def runs_ahead(self) -> bool:
+        return self._device.platform != "cpu"
 
     @property
     def _updates(self) -> int:
@@ -134,7 +139,12 @@ class FlaxBackend:
         self._state = {}
         params, biases = self._placed(initial_values(self.model_config, seed))
         self._set(params=params, biases=biases, first_moment=None, second_moment=None)
-        self._set(step=np.int32(0), updates=np.int32(0))
+        self._set_counters(steps=0, updates=0)
+
+    def _set_counters(self, steps: int, updates: int) -> None:
+        # The host counts steps too: asking the device would wait for it.
+        self._steps = steps
+        self._set(step=np.int32(steps), updates=np.int32(updates))
 
     def _set(self, **parts: Any) -> None:
         """Take over parts of the state: numbers, or trees of arrays from `from_values`, which are emptied; None stands
@@ -176,16 +186,25 @@ class FlaxBackend:
             step = self._compiled[shape] = step.result()
         return step
 
-    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+    def begin_step(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
         # The schedule is taken on the host, in double precision as torch's is: a sweep over rates compiles nothing.
-        rate = float(self.optimizer_config.schedule(self.steps_done))
+        rate = float(self.optimizer_config.schedule(self._steps))
         batch = split_batch(inputs, targets, self._rows_per_pass)
         step = self._step_for(batch[0].shape)
         self._state, metrics = step(self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate))
-        loss, balance_loss, grad_norm, applied, expert_counts = jax.device_get(metrics)
+        self._steps += 1
+        jax.copy_to_host_async(metrics)
         tokens = int((targets != IGNORE).sum())
-        counts = expert_counts.astype(np.int64)
-        return StepResult(float(loss), float(balance_loss), float(grad_norm), rate, tokens, bool(applied), counts)
+
+        def result() -> StepResult:
+            loss, balance_loss, grad_norm, applied, expert_counts = jax.device_get(metrics)
+            counts = expert_counts.astype(np.int64)
+            return StepResult(float(loss), float(balance_loss), float(grad_norm), rate, tokens, bool(applied), counts)
+
+        return result
+
+    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+        return self.begin_step(inputs, targets)()
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         total = 0.0
@@ -229,6 +248,7 @@ class FlaxBackend:
         self._compile_ahead()
         self._state = None  # its memory is needed for the state that comes
         self._state = place(self._checkpoints.restore(path, stored, self._abstract), self._abstract)
+        self._steps = stored["step"]
         return stored["meta"]
 
     def delete(self, path: Path) -> None:
@@ -241,6 +261,7 @@ class FlaxBackend:
     def rollback(self, snapshot: Any) -> None:
         self._state = None
         self._state = jax.tree.map(place, snapshot, self._abstract)
+        self._steps = int(self._state["step"])
 
     def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)
@@ -281,8 +302,7 @@ class FlaxBackend:
         has_moments = state.first_moment is not None
         self._set(first_moment=self._stack(state.first_moment)[0] if has_moments else None)
         self._set(second_moment=self._stack(state.second_moment)[0] if has_moments else None)
-        step, updates = (state.step, state.updates) if has_moments else (0, 0)
-        self._set(step=np.int32(step), updates=np.int32(updates))
+        self._set_counters(state.step if has_moments else 0, state.updates if has_moments else 0)
 
     def _stack(self, arrays: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
         """Arrays by the table's names as (params, biases); moments have no biases, which are then zero."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
-from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, trace
+from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, sent_to_host, trace
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.self_check import compile_checked, fused_adamw
@@ -94,6 +95,10 @@ class TorchBackend:
         return self._steps
 
     @property
+    def runs_ahead(self) -> bool:
+        return self._device.type == "cuda"  # elsewhere the host decides about the update
+
+    @property
     def _updates(self) -> int:
         return int(self._optimizer.state[next(iter(self._trainable.values()))]["step"])
 
@@ -119,7 +124,7 @@ class TorchBackend:
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
 
-    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+    def begin_step(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
         config = self.optimizer_config
         rate = float(config.schedule(self._steps))
         tokens, rows = int((targets != IGNORE).sum()), len(inputs)
@@ -135,23 +140,30 @@ class TorchBackend:
 
         gradients = [parameter.grad for parameter in self._trainable.values()]
         norm = global_norm(gradients)
-        # One transfer for all that the host needs to know. CUDA is asked last: it decides for itself about the update.
         report = torch.stack([loss / tokens, balance / rows, norm])
-        if self._device.type == "cuda":
+        if self.runs_ahead:
             self._update_unasked(gradients, report, rate, counts)
-            loss, balance, grad_norm, *counts = torch.cat((report.double(), counts.flatten())).tolist()
-            applied = bool(np.isfinite([loss, balance, grad_norm]).all())
+            # One transfer for all that the host will want to know.
+            told = sent_to_host(torch.cat((report.double(), counts.flatten())))
         else:
-            loss, balance, grad_norm = report.tolist()
-            applied = bool(np.isfinite([loss, balance, grad_norm]).all())
-            if applied:
-                self._update(gradients, grad_norm, rate, counts)
-            counts = counts.cpu().numpy()
+            known = [*report.tolist(), *counts.flatten().tolist()]
+            if np.isfinite(known[:3]).all():
+                self._update(gradients, known[2], rate, counts)
+            told = partial(list, known)
         self._optimizer.zero_grad(set_to_none=True)
         self._steps += 1
-        shape = self.model_config.num_moe_layers, self.model_config.n_routed_experts
-        counts = np.asarray(counts, np.int64).reshape(shape)
-        return StepResult(loss, balance, grad_norm, rate, tokens, applied, counts)
+
+        def result() -> StepResult:
+            loss, balance, grad_norm, *counts = told()
+            applied = bool(np.isfinite([loss, balance, grad_norm]).all())
+            shape = self.model_config.num_moe_layers, self.model_config.n_routed_experts
+            counts = np.asarray(counts, np.int64).reshape(shape)
+            return StepResult(loss, balance, grad_norm, rate, tokens, applied, counts)
+
+        return result
+
+    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+        return self.begin_step(inputs, targets)()
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], grad_norm: float, rate: float, counts: Tensor) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from torch_ref.attention import ATTENTION_PATHS
@@ -72,6 +73,22 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return process_peak()
+
+
+def sent_to_host(tensor: Tensor) -> Callable[[], list]:
+    """Begin to copy a tensor to the host. What is returned waits for that copy and gives its values: not for the
+    kernels that a CUDA device got after it, as `tolist` would."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def values() -> list:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return values
 
 
 @contextmanager

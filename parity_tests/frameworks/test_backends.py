@@ -64,6 +64,19 @@ def test_micro_batches_add_up_to_the_whole_batch(backend, unscored):
     assert_close(parts, whole, 1e-5)
 
 
+def test_a_result_may_be_asked_for_when_later_steps_have_begun(backend):
+    batches = [batch(seed) for seed in range(3)]
+    expected_state, expected = run(backend, batches, 2)
+    backend.init(seed=0)
+    results = []
+    for number, each in enumerate(batches, 1):
+        results.append(backend.begin_step(*each))
+        assert backend.steps_done == number
+    assert [repr(result()) for result in results] == [repr(result) for result in expected]
+    for name, tensor in arrays(backend.state()).items():
+        np.testing.assert_array_equal(tensor, expected_state[name], err_msg=name)
+
+
 def test_micro_batch_size_must_divide_the_batch(backend):
     use_micro_batch(backend, 3)
     with pytest.raises(UserError, match="--micro-batch-size 3"):

@@ -18,6 +18,7 @@ from torch_ref import backend as torch_backend
 from torch_ref import grouped_experts, model, moe, self_check
 from torch_ref.backend import TorchBackend
 from torch_ref.spec.config import PRESETS
+from torch_ref.spec.interface import IGNORE
 
 MODEL = replace(CONFIG, first_k_dense=1, num_layers=3)
 
@@ -170,6 +171,26 @@ def test_the_device_decides_about_an_update_as_the_host_does(dtype, clip):
     assert got_updates == 1
     for name, tensor in got.items():
         np.testing.assert_array_equal(tensor, before[name], err_msg=name)
+
+
+def test_steps_whose_results_are_asked_for_later_are_those_of_the_host(monkeypatch):
+    """The whole path of CUDA, on the CPU: losses but for the rounding of the clipping, counts the same, and a step that
+    is not finite changes nothing."""
+    made, expected = trained("float64", "off", steps=3)
+    expected_state = arrays(made.state())
+    monkeypatch.setattr(TorchBackend, "runs_ahead", True)
+    ahead, _ = trained("float64", "off", steps=0)
+    results = [result() for result in [ahead.begin_step(*batch(seed)) for seed in range(3)]]
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose([ours.loss, ours.grad_norm], [theirs.loss, theirs.grad_norm], rtol=1e-13)
+        np.testing.assert_array_equal(ours.expert_counts, theirs.expert_counts)
+        assert ours.applied and ours.tokens == theirs.tokens and ours.learning_rate == theirs.learning_rate
+    for name, tensor in arrays(ahead.state()).items():
+        np.testing.assert_allclose(tensor, expected_state[name], rtol=1e-10, atol=1e-15, err_msg=name)
+
+    inputs, targets = batch(3)
+    broken = ahead.begin_step(inputs, np.full_like(targets, IGNORE))  # a mean over nothing
+    assert not broken().applied and ahead.steps_done == 4 and ahead._updates == 3
 
 
 def test_the_rotary_table_is_kept_and_good_for_training(monkeypatch):

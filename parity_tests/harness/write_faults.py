@@ -79,20 +79,20 @@ def train(framework: str, argv: list[str], before_step: Callable[[int], None]) -
     """Exit code, what went to standard error, and the steps that were done."""
     name = {"flax": "flax_model", "torch": "torch_ref"}[framework]
     owner = getattr(importlib.import_module(f"{name}.backend"), f"{framework.capitalize()}Backend")
-    step, done = owner.step, []
+    begin_step, done = owner.begin_step, []
 
     def watched(self, *rows):
         before_step(self.steps_done + 1)
-        result = step(self, *rows)
+        result = begin_step(self, *rows)
         done.append(self.steps_done)
         return result
 
-    owner.step, errors = watched, io.StringIO()
+    owner.begin_step, errors = watched, io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             code = importlib.import_module(MAINS[framework]).main(argv)
     finally:
-        owner.step = step
+        owner.begin_step = begin_step
     return code, errors.getvalue(), max(done, default=0)
 
 

@@ -37,16 +37,16 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert train(framework, folder, folder / "straight") == 0
     backend = importlib.import_module({"flax": "flax_model", "torch": "torch_ref"}[framework] + ".backend")
     owner = getattr(backend, f"{framework.capitalize()}Backend")
-    step = owner.step
+    begin_step = owner.begin_step
 
-    def interrupted(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
-        result = step(self, inputs, targets)
+    def interrupted(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
+        result = begin_step(self, inputs, targets)
         if self.steps_done == STOPPED_AT:
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, "step", interrupted)
+        patch.setattr(owner, "begin_step", interrupted)
         assert train(framework, folder, folder / "stopped") == 130
     return framework, folder
 

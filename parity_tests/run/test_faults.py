@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,14 +153,14 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 
 
 def test_a_run_folder_that_is_removed_meanwhile_ends_the_run(stage: Stage) -> None:
-    step = stage.backend.step
+    begin_step = stage.backend.begin_step
 
-    def removed(*rows: object) -> StepResult:
+    def removed(*rows: object) -> Callable[[], StepResult]:
         if stage.backend.steps_done == 6:
             shutil.rmtree(stage.run_dir)
-        return step(*rows)
+        return begin_step(*rows)
 
-    stage.backend.step = removed
+    stage.backend.begin_step = removed
     with pytest.raises(UserError, match="training.logs: its folder is gone; was it moved or removed meanwhile"):
         stage.train()
     assert stage.backend.steps_done == 7

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,16 @@ def test_micro_batches_do_not_move_the_place_where_data_goes_on(
     assert train(framework, tmp_path, "straight", *flags) == 0
     package = {"flax": "flax_model", "torch": "torch_ref"}[framework]
     owner = getattr(importlib.import_module(f"{package}.backend"), f"{framework.capitalize()}Backend")
-    step = owner.step
+    begin_step = owner.begin_step
 
-    def interrupted(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
-        result = step(self, inputs, targets)
+    def interrupted(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
+        result = begin_step(self, inputs, targets)
         if self.steps_done in (7, 9):
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "step", interrupted)
+        patch.setattr(owner, "begin_step", interrupted)
         assert [train(framework, tmp_path, "broken", *flags) for _ in range(2)] == [130, 130]
     assert train(framework, tmp_path, "broken", *flags) == 0
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "straight")

@@ -174,7 +174,7 @@ def train(framework: str, run: Path, monkeypatch: pytest.MonkeyPatch, stop_at: i
     """A run of which a weight is spoilt before one step, as a broken device might; interrupted after another."""
     module = importlib.import_module({"flax": "flax_model", "torch": "torch_ref"}[framework] + ".backend")
     owner = getattr(module, f"{framework.capitalize()}Backend")
-    step = owner.step
+    begin_step = owner.begin_step
 
     def spoilt(self, *rows):
         if self.steps_done + 1 == JUMPS_AT:
@@ -183,12 +183,12 @@ def train(framework: str, run: Path, monkeypatch: pytest.MonkeyPatch, stop_at: i
             self.load_state(state)
         if self.steps_done + 1 == stop_at:
             kill_at(2, stop_at)(stop_at)
-        return step(self, *rows)
+        return begin_step(self, *rows)
 
     flags = ["--eval-interval", "0", "--sample-interval", "0", "--checkpoint-interval", "10"]
     flags += ["--spike-factor", "1.3", "--spike-steps", "4", "--spike-action", "rollback"]
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "step", spoilt)
+        patch.setattr(owner, "begin_step", spoilt)
         return importlib.import_module(MAINS[framework]).main(
             ["--config", str(run.parent / "settings.toml"), "--run-dir", str(run), "--no-tensorboard", *flags]
         )

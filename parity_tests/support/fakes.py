@@ -69,6 +69,7 @@ class FakeBackend:
     checkpoint_suffix = ".npz"
     device = "imagination"
     peak_memory = 1_500_000_000
+    runs_ahead = False
 
     def __init__(self, options: Options) -> None:
         self.model_config: ModelConfig = options.model
@@ -91,7 +92,7 @@ class FakeBackend:
         self._weights = np.random.default_rng(seed).standard_normal(4)
         self._steps = 0
 
-    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+    def begin_step(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
         self.before_step(self._steps + 1)
         rate = float(self.schedule(self._steps))
         self._steps += 1
@@ -99,7 +100,7 @@ class FakeBackend:
         broken = self._steps in self.broken_steps
         if not broken:
             self._weights = self._weights - rate * error
-        return StepResult(
+        result = StepResult(
             loss=math.nan if broken else float((error**2).mean()),
             balance_loss=1.0,
             grad_norm=float(np.abs(error).max()),
@@ -108,6 +109,10 @@ class FakeBackend:
             applied=not broken,
             expert_counts=np.array([[6, 2, 4, 4], [4, 4, 4, 4]]),
         )
+        return lambda: result
+
+    def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
+        return self.begin_step(inputs, targets)()
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         assert len(inputs) == self.optimizer.micro_batch_size, "one shape, whatever is left over"

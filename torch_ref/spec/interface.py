@@ -106,11 +106,20 @@ class Backend(Protocol):
     def steps_done(self) -> int:
         """Optimizer steps since initialisation, skipped ones included."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the device works on a begun step while the host goes on, so that the next one is best begun before
+        the result is asked for."""
+
     def init(self, seed: int) -> None:
         """Seeded weights, zero moments, step 0."""
 
+    def begin_step(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
+        """One optimizer step on one batch, accumulated over micro-batches. It counts as done; what is returned waits
+        for the device and tells the result, also when later steps have begun."""
+
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
-        """One optimizer step on one batch, accumulated over micro-batches."""
+        """`begin_step`, and its result."""
 
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Sum of the next-token losses in nats, and how many targets were scored. Changes no state."""

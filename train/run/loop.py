@@ -22,6 +22,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend, StepResult, UserError
@@ -50,6 +51,19 @@ FINAL_WEIGHTS = "deepseek_final"
 
 COMPLETE, FAILED = 0, 2
 """Exit codes; a signal adds its number to 128: Ctrl-C 130, SIGTERM 143."""
+
+
+@dataclass(frozen=True)
+class BegunStep:
+    """A step under way: its number, the position in the data after its batch, the rows left out of the data so far,
+    when the wait for the batch began (by `time.perf_counter`) and its seconds, and what waits for the result."""
+
+    step: int
+    cursor: dict
+    bad_rows: int
+    started: float
+    waited: float
+    result: Callable[[], StepResult]
 
 
 class Run:
@@ -82,6 +96,10 @@ class Run:
         self.progress = Progress()
         self.changes: list[str] = []
         self.saved_step: int | None = None
+        self.begun: BegunStep | None = None
+        """The step that the device may still be at, and nothing was said of yet."""
+        self.step_ended = 0.0
+        """When the last one ended, by `time.perf_counter`."""
         self.log: RunLog
 
     def train(self) -> int:
@@ -151,10 +169,6 @@ class Run:
     @property
     def stopped_early(self) -> bool:
         return 0 < self.options.patience <= self.progress.stale_validations
-
-    @property
-    def ends_main_phase(self) -> bool:
-        return self.step == self.options.steps
 
     @property
     def save_due(self) -> bool:
@@ -232,31 +246,58 @@ class Run:
     # ------------------------------------------------------------------------------------------------- one step
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """Take the next batch, update the weights, and log the step."""
+        """Take the next batch, update the weights, and take note of the step: on a device that runs ahead of the host,
+        while it is at the next step."""
         started = time.perf_counter()
         with self.signals.interruptible():
             batch = next(batches)
         waited = time.perf_counter() - started
-        result = self.backend.step(batch.inputs, batch.targets)
-        seconds = time.perf_counter() - started
+        result = self.backend.begin_step(batch.inputs, batch.targets)
+        self.catch_up()
+        self.begun = BegunStep(self.step, batch.cursor, self.data.bad_rows, started, waited, result)
+        if not self.may_run_ahead:
+            self.catch_up()
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the next step can begin without this one's result: whatever that is, it will not stop the run or take
+        it back. Nor may a trace hold parts of other steps."""
+        decides = (
+            self.progress.skipped_in_a_row + 1 >= self.options.max_skipped_steps
+            or self.progress.spikes_in_a_row + 1 >= self.options.spike_steps
+        )
+        traced = {self.step, self.step + 1}.intersection(self.options.profiled())
+        return self.backend.runs_ahead and not (decides or traced or self.finished)
+
+    def catch_up(self) -> None:
+        """Wait for the step that was begun, if there is one, and take note of it: all that is said or saved of a step
+        needs that."""
+        if self.begun is None:
+            return
+        begun, self.begun = self.begun, None
+        result = begun.result()
+        ended = time.perf_counter()
+        # A step that was begun early has run since the one before it ended.
+        seconds = ended - max(begun.started, self.step_ended)
+        self.step_ended = ended
 
         progress = self.progress
-        progress.cursor = batch.cursor
+        progress.cursor = begun.cursor
         progress.tokens_seen += result.tokens
         progress.loss = result.loss
         progress.skipped_steps += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
-        self._log_step(result, seconds, waited)
+        self._log_step(begun, result, seconds)
         self.heed_spike(result.loss)
-        if self.ends_main_phase:
+        if begun.step == self.options.steps:
             self._announce_phase()
 
-    def _log_step(self, result: StepResult, seconds: float, waited: float) -> None:
-        progress, told = self.progress, (seconds, waited, self.data.bad_rows)
-        self.log.step(*step_measures(self.options, self.backend, result, progress, *told))
+    def _log_step(self, begun: BegunStep, result: StepResult, seconds: float) -> None:
+        progress, told = self.progress, (seconds, begun.waited, begun.bad_rows)
+        self.log.step(*step_measures(self.options, self.backend, begun.step, result, progress, *told))
         if not result.applied:
             self.log.warn(
-                f"step {self.step} updated nothing: loss {result.loss} or gradient norm {result.grad_norm} is not "
+                f"step {begun.step} updated nothing: loss {result.loss} or gradient norm {result.grad_norm} is not "
                 f"finite ({progress.skipped_in_a_row} in a row, at {self.options.max_skipped_steps} the run stops)"
             )
 
@@ -286,6 +327,7 @@ class Run:
     def pay_what_is_owed(self) -> None:
         """Validation and sample of this step. Raises `Stop` on a signal; what was not done then stays owed."""
         while self.progress.owed:
+            self.catch_up()
             {"validation": self.validate, "sample": self.sample}[self.progress.owed[0]]()
             del self.progress.owed[0]
 
@@ -322,6 +364,7 @@ class Run:
 
     def save(self) -> None:
         """Begin a checkpoint of this step, unless there is one. It may land while training goes on."""
+        self.catch_up()
         if self.saved_step == self.step:
             return
         name = f"step_final_{self.step}" if self.finished else f"step_{self.step}"

@@ -14,20 +14,21 @@ from train.run.runlog import step_line
 def step_measures(
     options: Options,
     backend: Backend,
+    step: int,
     result: StepResult,
     progress: Progress,
     seconds: float,
     waited: float,
     bad_rows: int,
 ) -> tuple[dict[str, Any], str]:
-    """The values of the last step for the metrics, and its line for the console.
+    """The values of step number `step` for the metrics, and its line for the console.
 
     Args:
         progress: with the step taken note of.
         seconds: of the whole step, `waited` of them for data.
         bad_rows: left out of the data so far.
     """
-    step, speed, counts = backend.steps_done, result.tokens / seconds, result.expert_counts
+    speed, counts = result.tokens / seconds, result.expert_counts
     flops, peak = speed * flops_per_token(options.model, options.seq_len), bf16_peak(backend.device)
     mfu, memory = flops / peak if peak else None, backend.peak_memory
     values = {
