@@ -30,7 +30,6 @@ from jaxtyping import Int
 
 from flax_model.checkpoint import Checkpoints
 from flax_model.device import describe, peak_memory, resolve_compute, resolve_device, trace
-from flax_model.model import from_values, merge, structure
 from flax_model.sharding import (
     AXES,
     BATCH,
@@ -46,6 +45,8 @@ from flax_model.sharding import (
     whole,
 )
 from flax_model.train_step import State, loss_sum, train_step
+from flax_model.trees import merge
+from flax_model.values import from_values, structure
 from torch_ref.spec.checkpoint import leaf_at, make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState

@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ import orbax.checkpoint as ocp
 
 from flax_model.sharding import tree_bytes
 from torch_ref.spec.checkpoint import (
-    DamagedCheckpoint,
     in_step_order,
     named_leaves,
+    read_errors,
     require_arrays,
     require_contents,
     require_seal,
@@ -58,6 +57,8 @@ sys.unraisablehook = _without_orbax
 
 TEMPORARY = re.compile(r".+\.orbax-checkpoint-tmp.*")
 """Names of folders that orbax is writing, or was when the process ended."""
+UNREADABLE = (jax.errors.JaxRuntimeError,)
+"""Raised where the device has no room for what is read."""
 BACKGROUND_MEMORY = 2
 """A save goes on in the background only if this many times the state's size is free: the next step then cannot reuse
 the buffers that are being written, and needs room of its own."""
@@ -117,7 +118,7 @@ class Checkpoints:
         self.wait()
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such checkpoint")
-        with _read_errors(path):
+        with read_errors(path, *UNREADABLE):
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
             contents = self._checkpointer.restore(Path(path).absolute(), args=items)["meta"]
         require_seal(contents, path)
@@ -134,7 +135,7 @@ class Checkpoints:
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The arrays of a checkpoint, placed as `expected` says; call `check` first. Raises `UserError` where what was
         read is not what was written."""
-        with _read_errors(path):
+        with read_errors(path, *UNREADABLE):
             restore_args = ocp.checkpoint_utils.construct_restore_args(expected)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=expected, restore_args=restore_args))
             state = self._checkpointer.restore(Path(path).absolute(), args=items)["state"]
@@ -146,7 +147,7 @@ class Checkpoints:
         """Some of a state's trees (`params`, ...) in NumPy arrays of the stored types, for conversion: it needs neither
         the device nor the memory of the whole state. Raises `UserError` as `restore` does."""
         stored = self._stored(path)
-        with _read_errors(path):
+        with read_errors(path, *UNREADABLE):
             wanted = {name: stored[name] for name in names}
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             part = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
@@ -156,7 +157,7 @@ class Checkpoints:
 
     def _stored(self, path: Path) -> dict:
         """What a checkpoint says it holds: nested dicts of shapes and dtypes."""
-        with _read_errors(path):
+        with read_errors(path, *UNREADABLE):
             return self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
 
     def delete(self, path: Path) -> None:
@@ -168,19 +169,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    """Turns whatever orbax raises on a damaged folder into one `UserError` that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (PermissionError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:
-        raise DamagedCheckpoint(path, error) from error
 
 
 def _host_arrays(state: dict) -> Iterator[tuple[str, np.ndarray]]:

@@ -33,9 +33,12 @@ from jaxtyping import Bool, Float, Int, Num
 from flax_model.attention import Attention
 from flax_model.cpu import as_bits, bits, materialized, read, tied
 from flax_model.layers import SwiGLU, wide
-from flax_model.model import Block, Model, Tree, merge, split
+from flax_model.model import Block, Model
 from flax_model.moe import Experts, Routing, count_experts
 from flax_model.rotary import Rope, apply_rope, make_rope
+from flax_model.sampling import choose_token
+from flax_model.sharding import Tree
+from flax_model.trees import merge, split
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.spec.interface import Sampling
@@ -232,50 +235,6 @@ def chosen_experts(
         return out + (d @ (jax.nn.silu(g @ x.T) * (u @ x.T) * weights)).T
 
     return jax.lax.fori_loop(0, (counts > 0).sum(), one_expert, jnp.zeros_like(x))
-
-
-def filter_logits(
-    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], sampling: Sampling
-) -> Float[Array, "batch vocab"]:
-    """Scores of the next token with those that may not be drawn at -inf, in the order of `transformers`: repetition
-    penalty (Keskar et al. 2019) on tokens of the prompt and of the text so far, temperature, top-k, top-p (Holtzman
-    et al. 2020), min-p (Nguyen et al. 2024). Tokens tied with the last one kept are kept. Greedy: the penalty alone."""
-    vocab = logits.shape[-1]
-    if sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if sampling.greedy:
-        return logits
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < vocab:
-        last_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ascending = jnp.sort(logits, axis=-1)
-        cumulative = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-        dropped = (cumulative <= 1 - sampling.top_p).sum(-1, keepdims=True)
-        last_kept = jnp.take_along_axis(ascending, jnp.minimum(dropped, vocab - 1), axis=1)
-        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
-    if sampling.min_p > 0:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        threshold = sampling.min_p * probabilities.max(-1, keepdims=True)
-        logits = jnp.where(probabilities < threshold, -jnp.inf, logits)
-    return logits
-
-
-def choose_token(
-    logits: Float[Array, "batch vocab"],
-    seen: Bool[Array, "batch vocab"],
-    uniform: Float[Array, " batch"],
-    sampling: Sampling,
-) -> Int[Array, " batch"]:
-    """The next token of each row: the most likely (of equals the lowest id), or drawn by inverting the cumulative
-    distribution at `uniform`."""
-    logits = filter_logits(logits, seen, sampling)
-    if sampling.greedy:
-        return logits.argmax(-1)
-    cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
-    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
 
 
 def cast_weights(params: Tree, compute: ComputeConfig) -> Tree:

@@ -6,37 +6,28 @@
 - layers stacked and run by `lax.scan`, so one layer is compiled and not thirty; or unrolled
 - gradient checkpointing of the experts' activations, or of whole layers
 
-Modules hold parameters. Transformations act on plain nested dicts of arrays: `split` takes a model apart into them,
-`merge` puts it together again inside a jitted function.
-
 Twins: `torch_ref/model.py`, `flax_model/model.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
-from numpy.typing import DTypeLike
 
 from flax_model.attention import Attention
 from flax_model.fused_attention import is_fused_attention
 from flax_model.layers import RMSNorm, SwiGLU, wide, wide_product
 from flax_model.loss import cross_entropy
-from flax_model.moe import BalanceBias, MoE, MoEOutput
+from flax_model.moe import MoE, MoEOutput
 from flax_model.rotary import Rope, make_rope
-from flax_model.sharding import gathered_layer, on_devices, set_leaf
-from torch_ref.spec.checkpoint import leaf_at
+from flax_model.sharding import gathered_layer
+from flax_model.trees import merge, split
 from torch_ref.spec.config import ComputeConfig, ModelConfig
-from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
 
 class ForwardOutput(NamedTuple):
@@ -154,72 +145,6 @@ def run_layers(
         x, report = one_layer(x, jax.tree.map(lambda leaf, index=index: leaf[index], state))
         reports.append(report)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
-
-
-Tree = dict
-"""Nested dict of arrays, with the paths of `parameters.flax_path`."""
-
-
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """The structure, the parameters and the balance biases of a model, or of one of its modules."""
-    graphdef, params, biases = nnx.split(model, nnx.Param, BalanceBias)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
-
-
-def merge(graphdef: nnx.GraphDef, params: Tree, biases: Tree) -> nnx.Module:
-    """The inverse of `split`; free inside a jitted function."""
-    return nnx.merge(graphdef, params, biases)
-
-
-def structure(config: ModelConfig) -> nnx.GraphDef:
-    """The structure of a config's model, without making any array."""
-    return split(nnx.eval_shape(partial(Model, config)))[0]
-
-
-def from_values(
-    config: ModelConfig,
-    values: Iterable[tuple[Parameter, np.ndarray]],
-    dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
-) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """`split` of a model with these values (`parameters.initial_values`, or an import) of every row of the table.
-
-    Each layer is written straight into its place in the stacked tensor on the device: nothing is held twice. On a
-    `mesh` each device gets its shard of it alone.
-    """
-    rows = parameter_table(config)
-    expected = {row.name for row in rows}
-    counts: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        path, _ = flax_path(config, row.name)
-        counts[path] = counts.get(path, 0) + 1
-    trees: tuple[Tree, Tree] = {}, {}
-    for row, value in values:
-        expected.remove(row.name)
-        path, index = flax_path(config, row.name)
-        tree = trees[not row.trainable]
-        value = on_devices(row, value, dtype, mesh)
-        if index is not None:
-            stacked = leaf_at(tree, path)
-            if stacked is None:
-                stacked = on_devices(row, None, dtype, mesh, counts[path])
-            value = _put_layer(stacked, index, value)
-        set_leaf(tree, path, value)
-    assert not expected, f"no value for {sorted(expected)}"
-    return structure(config), *trees
-
-
-def to_values(config: ModelConfig, params: Tree, biases: Tree) -> Iterator[tuple[Parameter, np.ndarray]]:
-    """Every row of the table with its value, one layer at a time; the inverse of `from_values`."""
-    for row in parameter_table(config):
-        path, index = flax_path(config, row.name)
-        leaf = leaf_at(params if row.trainable else biases, path)
-        yield row, np.asarray(leaf if index is None else leaf[index])
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put_layer(stacked: Array, index: Int[Array, ""], value: Array) -> Array:
-    return stacked.at[index].set(value.astype(stacked.dtype))
 
 
 class Parts(NamedTuple):

@@ -17,9 +17,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from flax_model.cpu import changed_if
-from flax_model.model import merge, objective
+from flax_model.model import objective
 from flax_model.moe import updated_balance_bias
 from flax_model.sharding import gathered_embedding, global_norm, sum_gradients, sum_over_devices
+from flax_model.trees import merge
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torch_ref.spec.checkpoint import DamagedCheckpoint, in_step_order, named_leaves, require_contents, shapes
+from torch_ref.spec.checkpoint import (
+    DamagedCheckpoint,
+    in_step_order,
+    named_leaves,
+    read_errors,
+    require_contents,
+    shapes,
+)
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import make_folder, whole_file, write_errors
 from torch_ref.spec.training_state import require_tensors
@@ -76,7 +81,11 @@ class Checkpoints:
 def load(path: Path) -> Any:
     """What a `.pt` file holds, its tensors mapped from the file and all of it checked. Raises `UserError` naming a file
     that is absent, damaged, or holds other objects than tensors, numbers and texts: unpickling those could run code."""
-    with _read_errors(path):
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    with read_errors(path):
+        if not zipfile.is_zipfile(path):
+            raise DamagedCheckpoint(path, "cut short, or not a file of torch tensors")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             # torch compresses nothing: what claims to be more than the file is a trap for whoever unpacks it.
@@ -85,26 +94,11 @@ def load(path: Path) -> Any:
                 raise DamagedCheckpoint(path, "its members are compressed or overlap, which torch never writes")
             if damaged := archive.testzip():
                 raise DamagedCheckpoint(path, f"{damaged} differs from its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    """Turns whatever zipfile and torch raise on a damaged file into one `UserError` that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except (PermissionError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: cannot be read safely: it holds other objects than tensors and numbers") from error
-    except zipfile.BadZipFile as error:
-        raise DamagedCheckpoint(path, "cut short, or not a file of torch tensors") from error
-    except Exception as error:
-        raise DamagedCheckpoint(path, error) from error
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            unsafe = "cannot be read safely: it holds other objects than tensors and numbers"
+            raise UserError(f"{path}: {unsafe}") from error
 
 
 def write_tensors(path: Path, contents: dict) -> None:

@@ -223,7 +223,8 @@ def test_the_same_logits_in_flax_torch_and_transformers(warm):
     pytest.importorskip("jax", reason="Flax is not installed")
     import jax.numpy as jnp
 
-    from flax_model.model import from_values, merge
+    from flax_model.trees import merge
+    from flax_model.values import from_values
 
     flax = merge(*from_values(config, values, np.float32))
     flax_logits = np.asarray(flax.logits(flax(jnp.asarray(tokens), COMPUTE).hidden))

@@ -316,8 +316,8 @@ def test_abstract_state_is_that_of_the_model():
     pytest.importorskip("flax")
     import numpy as np
 
-    from flax_model.model import from_values
     from flax_model.sharding import abstract_parameters, decay_mask, make_mesh
+    from flax_model.values import from_values
     from torch_ref.spec.parameters import initial_values, parameter_table
 
     config = dataclasses.replace(CONFIG, first_k_dense=1, num_layers=3, q_lora_rank=8)

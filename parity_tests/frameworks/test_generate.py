@@ -83,8 +83,9 @@ def flax_runner(dtype: str, values: Callable = case_values, config: ModelConfig 
     import jax
 
     from flax_model import generate
-    from flax_model.model import from_values, merge
     from flax_model.rotary import make_rope
+    from flax_model.trees import merge
+    from flax_model.values import from_values
 
     compute = ComputeConfig(dtype=dtype, attention="blocked", moe="grouped")
     with jax.enable_x64(dtype == "float64"):
@@ -346,7 +347,7 @@ def test_flax_decoding_copies_no_weights(dtype):
 
     from flax_model import generate
     from flax_model.cpu import as_bits
-    from flax_model.model import from_values
+    from flax_model.values import from_values
 
     config = replace(CONFIG, hidden_size=128, moe_intermediate_size=1024, vocab_size=2048)
     compute = ComputeConfig(dtype=dtype, attention="blocked", moe="grouped")
@@ -372,7 +373,8 @@ def test_weights_cast_to_bfloat16_change_nothing():
     pytest.importorskip("jax")
     torch = pytest.importorskip("torch")
     from flax_model import generate as flax
-    from flax_model.model import from_values, merge
+    from flax_model.trees import merge
+    from flax_model.values import from_values
     from torch_ref import generate
     from torch_ref.model import Model
 

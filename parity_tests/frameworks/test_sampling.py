@@ -33,13 +33,13 @@ def samplers(request):
     """`filter_logits` and `choose_token` of a framework, on NumPy arrays."""
     if request.param == "torch":
         torch = pytest.importorskip("torch")
-        from torch_ref.generate import choose_token, filter_logits
+        from torch_ref.sampling import choose_token, filter_logits
 
         def convert(array):
             return torch.from_numpy(array)
     else:
         convert = pytest.importorskip("jax.numpy").asarray
-        from flax_model.generate import choose_token, filter_logits
+        from flax_model.sampling import choose_token, filter_logits
 
     def run(function):
         return lambda *arrays, sampling: np.asarray(function(*map(convert, arrays), sampling))

@@ -43,7 +43,7 @@ def round_trip(
     import jax
     import torch
 
-    from flax_model.model import from_values, to_values
+    from flax_model.values import from_values, to_values
     from torch_ref.model import Model
 
     if sources is None:

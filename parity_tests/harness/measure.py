@@ -277,14 +277,16 @@ def _run_flax(case: Case, values: Values, inputs, targets, trace: bool, forced_c
     import jax
 
     from flax_model import model as flax_model
+    from flax_model.trees import merge
+    from flax_model.values import from_values
 
-    graphdef, params, biases = flax_model.from_values(case.config, values, case.flax.param_dtype)
+    graphdef, params, biases = from_values(case.config, values, case.flax.param_dtype)
     recorder = Recorder("flax_model", modules=trace)
     forced = forced_choices and [jax.numpy.asarray(chosen) for chosen in forced_choices]
     names: list[str] = []
 
     def objective(params, inputs, targets):
-        model = flax_model.merge(graphdef, params, biases)
+        model = merge(graphdef, params, biases)
         with recorder.watching(forced):
             total, parts = flax_model.objective(
                 model, inputs, targets, case.flax, merged.target_count, merged.sequence_count

@@ -152,7 +152,9 @@ def _flax_objective(config: ModelConfig, slopes: dict[str, np.ndarray], counts: 
     import jax
     import jax.numpy as jnp
 
-    from flax_model.model import Parts, from_values, split
+    from flax_model.model import Parts
+    from flax_model.trees import split
+    from flax_model.values import from_values
 
     rows = parameter_table(config)
 

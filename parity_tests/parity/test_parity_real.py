@@ -41,7 +41,8 @@ def test_one_layer_of_smol_774m_at_2048_tokens(dtype):
 @pytest.mark.slow
 def test_logits_of_the_whole_smol_774m(capsys):
     """774 M seeded weights in both frameworks, one after the other (3.1 GB each), 512 tokens, float32."""
-    from flax_model.model import from_values, merge
+    from flax_model.trees import merge
+    from flax_model.values import from_values
     from torch_ref.model import Model
 
     config = ModelConfig()

@@ -19,8 +19,10 @@ def temporary_bytes(config, seq_len, remat="off"):
     """Memory of a compiled forward and backward pass beside its arguments and results."""
     import jax.numpy as jnp
 
-    from flax_model.model import merge, objective, structure
+    from flax_model.model import objective
     from flax_model.sharding import abstract_parameters, make_mesh
+    from flax_model.trees import merge
+    from flax_model.values import structure
 
     compute = ComputeConfig(attention="blocked", moe="grouped", remat=remat, loss_chunk=64)
     params, biases = abstract_parameters(config, jnp.float32, make_mesh(jax.devices("cpu")[:1], (1, 1, 1)))

@@ -71,7 +71,8 @@ def test_flax_model_has_exactly_the_rows_of_the_table(name):
     import jax
     from flax import nnx
 
-    from flax_model.model import Model, split
+    from flax_model.model import Model
+    from flax_model.trees import split
 
     config = VARIANTS[name]
     _, params, biases = split(nnx.eval_shape(partial(Model, config)))

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ class DamagedCheckpoint(UserError):
     def __init__(self, path: Path, why: BaseException | str) -> None:
         self.why = first_line(why)
         super().__init__(f"{path}: not a whole checkpoint ({self.why}); take an earlier one")
+
+
+@contextmanager
+def read_errors(path: Path, *unreadable: type[Exception]) -> Iterator[None]:
+    """Turns whatever a framework raises on a damaged checkpoint into one `UserError` that names it; `unreadable` are
+    errors of its own that mean no damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (PermissionError, MemoryError, *unreadable) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except Exception as error:
+        raise DamagedCheckpoint(path, error) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- names

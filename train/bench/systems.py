@@ -160,7 +160,9 @@ class Flax(Ours):
         """Forward and backward pass of one micro-batch, on parameters without an optimizer's state."""
         import jax
 
-        from flax_model.model import from_values, merge, objective
+        from flax_model.model import objective
+        from flax_model.trees import merge
+        from flax_model.values import from_values
 
         case, compute = self.case, self.compute
         inputs, targets = (jax.device_put(x[: case.micro_batch], self.device) for x in case.rows())
@@ -175,7 +177,8 @@ class Flax(Ours):
     @cached_property
     def _generate(self) -> Callable:
         from flax_model.generate import cast_weights, generate
-        from flax_model.model import from_values, merge
+        from flax_model.trees import merge
+        from flax_model.values import from_values
 
         config, dtype = self.case.config, self.compute.param_dtype
         graphdef, params, biases = from_values(config, initial_values(config, 0), dtype)

@@ -22,8 +22,8 @@ from flax_model import generate
 from flax_model.backend import FlaxBackend
 from flax_model.cpu import compiling_for
 from flax_model.device import resolve_compute
-from flax_model.model import structure
 from flax_model.sharding import abstract_parameters, make_mesh
+from flax_model.values import structure
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import Sampling
 from train.plan.estimate import Gpus

@@ -138,7 +138,8 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     from flax_model.device import default_dtype, describe, resolve_compute, resolve_device
     from flax_model.generate import cast_weights, generate
     from flax_model.loss import row_losses
-    from flax_model.model import from_values, merge
+    from flax_model.trees import merge
+    from flax_model.values import from_values
 
     keep_compiled_programs()
     place = resolve_device(device)
