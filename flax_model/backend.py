@@ -30,6 +30,7 @@ from jaxtyping import Int
 
 from flax_model.checkpoint import Checkpoints
 from flax_model.device import describe, peak_memory, resolve_compute, resolve_device, trace
+from flax_model.self_check import self_checked
 from flax_model.sharding import (
     AXES,
     BATCH,
@@ -80,6 +81,8 @@ class FlaxBackend:
         self._device = devices[0] if devices else resolve_device(device)
         self.model_config = model_config
         self.compute = resolve_compute(compute, self._device, model_config)
+        if self._device.platform != "cpu" and devices is None:
+            self.compute = self_checked(self.compute, self._device, model_config)
         self.optimizer_config = optimizer
         if self.compute.param_dtype == "float64":
             jax.config.update("jax_enable_x64", True)
