@@ -158,17 +158,18 @@ sys.exit(main(["--preset", "smol-774m", "--gpus", "1x1x8"]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("framework", "system"), [("flax", "flax"), ("torch", "torch_ref")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [512, 1024])
-def test_memory_is_what_a_step_takes(framework: str, system: str, tokens: int) -> None:
+def test_memory_is_what_a_step_takes(framework: str, system: str, tokens: int, dtype: str) -> None:
     """Whole steps of `small` in a process of their own: its peak, within a tenth."""
     pytest.importorskip({"flax": "jax"}.get(framework, framework))
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("another system counts a process's memory otherwise")
-    case = Case(system, ("step",), "small", "float32", tokens, 8, repeats=1, device="cpu", spawned=time.time())
+    case = Case(system, ("step",), "small", dtype, tokens, 8, repeats=1, device="cpu", spawned=time.time())
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-m", "train.bench.worker", to_json(case)], env=environment, capture_output=True, text=True
     )
     measured = json.loads(done.stdout.splitlines()[-1])["peak_memory_gb"] * 2**30
-    estimate = sum(step_parts(PRESETS["small"], "float32", 1, tokens, 1, "off", framework=framework).values())
+    estimate = sum(step_parts(PRESETS["small"], dtype, 1, tokens, 1, "off", framework=framework).values())
     assert estimate == pytest.approx(measured, rel=0.1)

@@ -48,6 +48,9 @@ def step_parts(
     wide, narrow = (8, 8) if dtype == "float64" else (4, 2 if dtype == "bfloat16" else 4)
     tokens = micro_batch_size * seq_len
     chunk = min(tokens, loss_chunk)
+    # Processors without bfloat16 units: products take float32 copies of their operands (`operand` in cpu.py).
+    widened = narrow < wide and not on_gpu
+    operand = wide if widened else narrow
     _, fsdp, expert = mesh
     embedding = c.vocab_size * c.hidden_size
     routed_weights = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * c.num_moe_layers
@@ -73,28 +76,31 @@ def step_parts(
     layer_input = c.hidden_size
     moe_layer = layer_input + attention + shared
     dense_layer = layer_input + attention + dense
+    kept_routed = c.num_moe_layers * routed if remat == "off" else 0
     if remat == "layers":
-        kept = c.num_layers * layer_input
+        kept = c.num_layers * layer_input * narrow
     else:
-        kept = c.first_k_dense * dense_layer + c.num_moe_layers * (moe_layer + (routed if remat == "off" else 0))
+        kept = c.first_k_dense * dense_layer + c.num_moe_layers * moe_layer
+        # torch keeps the widened operands for the backward pass, and about half of the values in bfloat16 besides.
+        kept *= wide + narrow // 2 if widened and not flax else narrow
 
     # Of the layer whose backward pass is at work: what it makes again, and gradients of what it kept.
     again = {"off": 0, "experts": routed, "layers": moe_layer + routed}[remat]
     rows = choices * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
-    working = tokens * (again + 2 * attention + 2 * shared + rows) * narrow + one_layer * wide
+    working = tokens * (again + 2 * attention + 2 * shared + rows) * operand + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
-    loss = chunk * c.vocab_size * (wide + max(narrow, 0 if flax else wide)) + embedding * (
-        narrow if narrow < wide else 0
-    )
-    if flax:  # the layers' gradients do not exist yet while the loss is taken
-        at_work = max(loss - (parameters - embedding // fsdp) * wide, working)
-        at_work += embedding * wide if tokens > chunk else 0  # its gradient, before and after it is scaled
-    else:  # the embedding's gradient waits for the end of the backward pass
-        at_work = max(loss, working) + embedding * wide
+    logits = wide + max(narrow, 0 if flax else wide) + (wide if widened else 0)
+    loss = chunk * c.vocab_size * logits + embedding * (narrow if narrow < wide else 0)
+    loss += embedding * wide if widened else 0
+    if flax or micro_batches == 1:  # the layers' gradients do not exist yet while the loss is taken
+        loss -= (parameters - embedding // fsdp) * wide
+    at_work = max(loss, working)
+    if not flax or tokens > chunk:  # the embedding's gradient: before and after it is scaled; until the pass ends
+        at_work += embedding * wide
 
     gradients = parameters * wide * (2 if flax and micro_batches > 1 else 1)
-    activations = tokens * kept * narrow
+    activations = tokens * (kept + kept_routed * narrow)
     if not flax and not on_gpu and remat != "off" and micro_batches == 1:
         activations = max(0, activations - gradients)  # freed blocks go back to the system: see torch_ref/cpu.py
     parts = {
@@ -104,7 +110,7 @@ def step_parts(
         "activations kept for the backward pass": activations,
         "logits or the layer at work": at_work,
     }
-    if narrow < wide and not on_gpu:
+    if widened and flax:
         parts["weights in the compute dtype"] = parameters * narrow
     if fsdp > 1:
         # The embedding and its gradient, and one layer in the forward or backward pass, with its gradient.
