@@ -7,6 +7,7 @@ every module returns, by wrapping the methods of the twin classes: the models th
 from __future__ import annotations
 
 import functools
+import math
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +42,10 @@ class Measurement:
         return self.error <= self.bound  # not so for a NaN
 
     def __str__(self) -> str:
-        return f"{self.rung}, {self.dtype}, {self.case}: {self.where} off by {self.error:.2e}, bound {self.bound:.0e}"
+        place = f"{self.rung}, {self.dtype}, {self.case}: {self.where}"
+        if math.isinf(self.error):  # not a matter of size: something is absent, or known to be another by its checksum
+            return place
+        return f"{place} off by {self.error:.2e}, bound {self.bound:.0e}"
 
 
 def failures(measurements: list[Measurement]) -> str:

@@ -140,8 +140,8 @@ def in_words(plan: Plan) -> str:
         f"Devices: {o.devices} x {card.name}"
         + (f" ({plan.gpus}: slices x hosts x GPUs), mesh {o.mesh}" if several else "")
         + f"; {plan.framework}, {o.dtype}, rematerialisation {o.remat}",
-        f"Batch: {o.batch_size} x {o.seq_len} = {plan.tokens_per_step:,} tokens a step, {o.rows_per_pass} rows at once "
-        f"on a device, accumulated over {o.micro_batches} batches",
+        f"Batch: {o.batch_size} x {o.seq_len} = {plan.tokens_per_step:,} tokens a step, {o.rows_per_pass} "
+        f"{'row' if o.rows_per_pass == 1 else 'rows'} at once on a device, accumulated over {o.micro_batches} batches",
         "",
         *_memory(plan),
         "",
