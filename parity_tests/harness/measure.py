@@ -7,8 +7,8 @@ every module returns, by wrapping the methods of the twin classes: the models th
 from __future__ import annotations
 
 import functools
-import math
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

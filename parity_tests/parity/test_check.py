@@ -139,7 +139,7 @@ def test_an_exported_folder_with_a_changed_weight_is_not_what_was_exported(expor
 @pytest.mark.parametrize("key", [KEYS[0], KEYS[3]])
 def test_the_command_names_the_changed_weight(exported, tmp_path, capsys, key):
     code, verdict = said(capsys, change(exported, tmp_path / "changed", key))
-    assert code == 1 and f"export, float32, {tmp_path}/changed: {our_name(key)}, changed in {key} off by" in verdict
+    assert code == 1 and f"export, float32, {tmp_path}/changed: {our_name(key)}, changed in {key}. " in verdict
 
 
 def test_a_folder_that_is_not_the_runs_any_more(run, tmp_path, capsys):
