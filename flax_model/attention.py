@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from flax_model.fused_attention import attend_blocked, attend_cudnn
+from flax_model.fused_attention import attend_blocked, attend_cudnn, visible_keys
 from flax_model.layers import Linear, RMSNorm, wide
 from flax_model.rotary import Rope, apply_rope
 from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
@@ -29,13 +29,15 @@ def attend_plain(
     k: Float[Array, "batch seq kv_heads qk"],
     v: Float[Array, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads vdim"]:
-    """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider."""
+    """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider.
+    `documents` are numbers of which a query and the keys it sees have the same; None: it sees all before it."""
     batch, seq, heads, _ = q.shape
     grouped = wide(q).reshape(batch, seq, k.shape[2], -1, q.shape[-1])  # heads -> kv_heads, heads of one group
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, wide(k)) * scale
-    causal = jnp.tril(jnp.ones((seq, seq), bool))
-    probabilities = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    visible = visible_keys(q, documents)[:, None, None]
+    probabilities = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, wide(v))
     return out.reshape(batch, seq, heads, v.shape[-1]).astype(q.dtype)
 
@@ -86,9 +88,15 @@ class Attention(nnx.Module):
         k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], c.qk_rope_head_dim))
         return jnp.concatenate((k_nope, k_rope), axis=-1), v
 
-    def __call__(self, x: Float[Array, "batch seq hidden"], rope: Rope, path: str) -> Float[Array, "batch seq hidden"]:
-        """`path` is a key of `ATTENTION_PATHS`."""
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rope: Rope,
+        path: str,
+        documents: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq hidden"]:
+        """`path` is a key of `ATTENTION_PATHS`, and `documents` are `attend_plain`'s."""
         q = jnp.concatenate(self.queries(x, rope), axis=-1)
         k, v = self.expand(*self.latents(x, rope))
-        out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale)
+        out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale, documents)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

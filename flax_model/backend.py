@@ -80,9 +80,8 @@ class FlaxBackend:
     ) -> None:
         self._device = devices[0] if devices else resolve_device(device)
         self.model_config = model_config
-        self.compute = resolve_compute(compute, self._device, model_config)
-        if self._device.platform != "cpu" and devices is None:
-            self.compute = self_checked(self.compute, self._device, model_config)
+        self._runs_here = devices is None
+        self.compute = self._checked(resolve_compute(compute, self._device, model_config))
         self.optimizer_config = optimizer
         if self.compute.param_dtype == "float64":
             jax.config.update("jax_enable_x64", True)
@@ -94,22 +93,33 @@ class FlaxBackend:
         self._state: State | None = None
         self._steps = 0
         self._checkpoints = Checkpoints()
+        self._expected_batch = expected_batch
+        self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
+        self._make_programs()
+
+    def _checked(self, compute: ComputeConfig) -> ComputeConfig:
+        """Without the paths that this device gets wrong."""
+        if self._device.platform == "cpu" or not self._runs_here:
+            return compute
+        return self_checked(compute, self._device, self.model_config)
+
+    def _make_programs(self) -> None:
+        """The train step and the evaluation, not yet compiled."""
+        mesh, config, compute = self._mesh, self.model_config, self.compute
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
         step = partial(
             train_step,
             graphdef=self._graphdef,
-            config=model_config,
-            compute=self.compute,
-            optimizer=optimizer,
-            decay=decay_mask(model_config),
+            config=config,
+            compute=compute,
+            optimizer=self.optimizer_config,
+            decay=decay_mask(config),
         )
         specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
         step = per_device(step, mesh, (specs, BATCH, BATCH, WHOLE), (specs, WHOLE))
         # Pinned shardings: a restored or fresh state then fits the same compiled step as the one it returns.
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        self._expected_batch = expected_batch
-        self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
-        scored = partial(loss_sum, graphdef=self._graphdef, config=model_config, compute=self.compute)
+        scored = partial(loss_sum, graphdef=self._graphdef, config=config, compute=compute)
         rows = PartitionSpec(AXES)
         self._loss_sum = jax.jit(per_device(scored, mesh, (specs["params"], specs["biases"], rows, rows), WHOLE))
 
@@ -224,7 +234,8 @@ class FlaxBackend:
 
         params, biases = whole((self._state["params"], self._state["biases"]), self._mesh)
         model = merge(self._graphdef, params, biases)
-        return generate(model, [prompt], sampling, seed, replace(self.compute, mesh=(1, 1, 1)), on_token)[0]
+        compute = replace(self.compute, mesh=(1, 1, 1), separator=None)
+        return generate(model, [prompt], sampling, seed, compute, on_token)[0]
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         contents = make_contents(self.framework, self.model_config, self.steps_done, self._updates, meta)
@@ -266,6 +277,10 @@ class FlaxBackend:
         self._state = None
         self._state = jax.tree.map(place, snapshot, self._abstract)
         self._steps = int(self._state["step"])
+
+    def keep_within_documents(self, separator: int) -> None:
+        self.compute = self._checked(replace(self.compute, separator=separator))
+        self._make_programs()
 
     def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)

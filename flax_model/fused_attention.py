@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from flax_model.layers import wide
 
@@ -18,39 +18,50 @@ QUERY_BLOCK = 256
 """Queries of one block of the `blocked` path."""
 
 
+def visible_keys(
+    q: Float[Array, "batch seq heads qk"], documents: Int[Array, "batch seq"] | None
+) -> Bool[Array, "#batch seq seq"]:
+    """Which keys a query sees: none after it, and those of its own document alone."""
+    seq = q.shape[1]
+    causal = jnp.tril(jnp.ones((1, seq, seq), bool))
+    return causal if documents is None else causal & (documents[:, :, None] == documents[:, None, :])
+
+
 def attend_blocked(
     q: Float[Array, "batch seq heads qk"],
     k: Float[Array, "batch seq kv_heads qk"],
     v: Float[Array, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads vdim"]:
     """The same in blocks of queries that read only the keys they may see, with the scores of one block at a time:
     half the products of `attend_plain`, and memory that grows with the length, not its square (after FlashAttention-2,
     Dao 2023). The backward pass makes the probabilities again from the saved normalisers."""
-    return _blocked(scale, q, k, v)
+    return _blocked(scale, q, k, v, documents)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(scale, q, k, v):
-    return _blocked_forward(scale, q, k, v)[0]
+def _blocked(scale, q, k, v, documents):
+    return _blocked_forward(scale, q, k, v, documents)[0]
 
 
-def _blocked_forward(scale, q, k, v):
+def _blocked_forward(scale, q, k, v, documents):
     groups = q.shape[2] // k.shape[2]
     k_heads, v_heads = _by_head(k), _by_head(v)
     outs, normalisers = [], []
     for start, end in _query_blocks(q.shape[1]):
-        scores = _scores(_by_kv_head(q[:, start:end], k.shape[2]), k_heads[:, :, :end], start, groups, scale)
+        queries = _by_kv_head(q[:, start:end], k.shape[2])
+        scores = _scores(queries, k_heads[:, :, :end], start, groups, scale, documents)
         normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         probabilities = jnp.exp(scores - normaliser).astype(q.dtype)
         outs.append(_from_kv_head(_products("bkrs,bksd->bkrd", probabilities, v_heads[:, :, :end]), groups))
         normalisers.append(normaliser)
     out = jnp.concatenate(outs, axis=1).astype(q.dtype)
-    return out, checkpoint_name((q, k, v, out, normalisers), "attention")
+    return out, (*checkpoint_name((q, k, v, out, normalisers), "attention"), documents)
 
 
 def _blocked_backward(scale, saved, upstream):
-    q, k, v, out, normalisers = saved
+    q, k, v, out, normalisers, documents = saved
     kv_heads, groups = k.shape[2], q.shape[2] // k.shape[2]
     k_heads, v_heads = _by_head(k), _by_head(v)
     d_q = []
@@ -60,14 +71,14 @@ def _blocked_backward(scale, saved, upstream):
     for (start, end), normaliser in zip(_query_blocks(q.shape[1]), normalisers, strict=True):
         queries, d_out, dot = (_by_kv_head(x[:, start:end], kv_heads) for x in (q, upstream, inner))
         keys, values = k_heads[:, :, :end], v_heads[:, :, :end]
-        probabilities = jnp.exp(_scores(queries, keys, start, groups, scale) - normaliser)
+        probabilities = jnp.exp(_scores(queries, keys, start, groups, scale, documents) - normaliser)
         d_probabilities = _products("bkrd,bksd->bkrs", d_out, values)
         d_scores = (probabilities * (d_probabilities - dot) * scale).astype(q.dtype)
         d_q.append(_from_kv_head(_products("bkrs,bksd->bkrd", d_scores, keys), groups))
         d_k = d_k.at[:, :, :end].add(_products("bkrs,bkrd->bksd", d_scores, queries))
         d_v = d_v.at[:, :, :end].add(_products("bkrs,bkrd->bksd", probabilities.astype(q.dtype), d_out))
     d_q = jnp.concatenate(d_q, axis=1).astype(q.dtype)
-    return d_q, d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype)
+    return d_q, d_k.swapaxes(1, 2).astype(k.dtype), d_v.swapaxes(1, 2).astype(v.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -92,11 +103,17 @@ def _from_kv_head(x: Float[Array, "batch kv_heads rows _"], groups: int) -> Floa
     return x.reshape(batch, kv_heads * groups, rows // groups, size).swapaxes(1, 2)
 
 
-def _scores(queries, keys, first: int, groups: int, scale: float) -> Float[Array, "batch kv_heads rows keys"]:
-    """Scaled scores of queries at positions `first` and on (of each group) with keys at 0 and on; -inf where later."""
-    scores = _products("bkrd,bksd->bkrs", queries, keys) * scale
+def _scores(
+    queries, keys, first: int, groups: int, scale: float, documents: Array | None
+) -> Float[Array, "batch kv_heads rows keys"]:
+    """Scaled scores of queries at positions `first` and on (of each group) with keys at 0 and on; -inf where later, or
+    in another document."""
+    scores, end = _products("bkrd,bksd->bkrs", queries, keys) * scale, keys.shape[2]
     position = first + jnp.tile(jnp.arange(queries.shape[2] // groups), groups)
-    return jnp.where(position[:, None] >= jnp.arange(keys.shape[2]), scores, -jnp.inf)
+    visible = position[:, None] >= jnp.arange(end)
+    if documents is not None:
+        visible &= (documents[:, position, None] == documents[:, None, :end])[:, None]
+    return jnp.where(visible, scores, -jnp.inf)
 
 
 def _products(subscripts: str, a: Array, b: Array) -> Array:
@@ -108,14 +125,17 @@ def attend_cudnn(
     k: Float[Array, "batch seq kv_heads qk"],
     v: Float[Array, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads vdim"]:
     """The same by cuDNN's fused kernel on NVIDIA GPUs (half precision only), which wants one head size: v is padded
     with zeros, and the pad cut off. At 104 and 64 values that is 1.24 times the arithmetic of a tenth of the step; two
-    calls, of the parts with and without position, would each run their own softmax and could not be added."""
+    calls, of the parts with and without position, would each run their own softmax and could not be added. Between
+    documents the kernel takes a mask of all pairs, as numbers that are added to the scores."""
     v_head_dim = v.shape[-1]
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v_head_dim)))
     q, k, v = checkpoint_name((q, k, v), "attention")
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    mask = None if documents is None else visible_keys(q, documents)[:, None]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
     return out[..., :v_head_dim]
 
 

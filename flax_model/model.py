@@ -51,9 +51,13 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], rope: Rope, compute: ComputeConfig
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rope: Rope,
+        compute: ComputeConfig,
+        documents: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], MoEOutput | None]:
-        x = x + self.attention(self.input_norm(x), rope, compute.attention)
+        x = x + self.attention(self.input_norm(x), rope, compute.attention, documents)
         normed = self.post_attention_norm(x)
         if self.dense:
             return x + self.mlp(normed), None
@@ -93,15 +97,18 @@ class Model(nnx.Module):
         if seq > config.max_position:
             raise ValueError(f"{seq} tokens do not fit the context of max_position = {config.max_position}")
         rope = make_rope(config, seq, compute.dtype)
+        documents = None if compute.separator is None else document_numbers(tokens, compute.separator)
         x = self.embed_tokens.weight[...][tokens].astype(compute.dtype)
         balance_loss = wide(jnp.zeros(batch, x.dtype))
         expert_counts = jnp.zeros((0, config.n_routed_experts), jnp.int32)
         layers = []
         if config.first_k_dense:
-            x, (_, hidden) = run_layers(self.dense_layers, "dense_layers", config, x, rope, compute, keep_hidden)
+            x, (_, hidden) = run_layers(
+                self.dense_layers, "dense_layers", config, x, rope, compute, documents, keep_hidden
+            )
             layers.append(hidden)
         if config.num_moe_layers:
-            x, (moe, hidden) = run_layers(self.layers, "layers", config, x, rope, compute, keep_hidden)
+            x, (moe, hidden) = run_layers(self.layers, "layers", config, x, rope, compute, documents, keep_hidden)
             balance_loss, expert_counts = moe.balance_loss.sum(0), moe.expert_counts
             layers.append(hidden)
         layers = jnp.concatenate(layers) if keep_hidden else None
@@ -119,6 +126,7 @@ def run_layers(
     x: Float[Array, "batch seq hidden"],
     rope: Rope,
     compute: ComputeConfig,
+    documents: Int[Array, "batch seq"] | None,
     keep_hidden: bool,
 ) -> tuple[Float[Array, "batch seq hidden"], tuple[MoEOutput | None, Array | None]]:
     """Run x through the layers of a stacked block, the model's attribute `name`. Also returns, stacked over layers,
@@ -128,7 +136,7 @@ def run_layers(
     def one_layer(x, layer):
         params, biases = layer
         params = gathered_layer(params, config, compute.mesh, compute.dtype, name)
-        x, moe = merge(graphdef, params, biases)(x, rope, compute)
+        x, moe = merge(graphdef, params, biases)(x, rope, compute, documents)
         return x, (moe and moe._replace(out=None), x if keep_hidden else None)
 
     # The layer's input is kept by the scan. Of the rest, only what is dear to compute: norms, rotations and gates are
@@ -145,6 +153,11 @@ def run_layers(
         x, report = one_layer(x, jax.tree.map(lambda leaf, index=index: leaf[index], state))
         reports.append(report)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+
+def document_numbers(tokens: Int[Array, "batch seq"], separator: int) -> Int[Array, "batch seq"]:
+    """In which document of its row each token is: a separator begins the next one, which it is the first token of."""
+    return (tokens == separator).cumsum(1)
 
 
 class Parts(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def self_checked(compute: ComputeConfig, device: jax.Device, config: ModelConfig
     Raises `UserError` where that fails too."""
     from flax_model.device import describe  # which is where paths are chosen
 
-    for option, check in (("attention", attention_error), ("moe", experts_error)):
+    of_attention = partial(attention_error, between_documents=compute.separator is not None)
+    for option, check in (("attention", of_attention), ("moe", experts_error)):
         path = getattr(compute, option)
         while problem := _tried(check, path, compute.dtype, device, config):
             if path not in SLOWER:
@@ -57,16 +59,22 @@ def _tried(check: Callable[..., str | None], *arguments) -> str | None:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def attention_error(path: str, dtype: str, device: jax.Device, config: ModelConfig) -> str | None:
+def attention_error(
+    path: str, dtype: str, device: jax.Device, config: ModelConfig, between_documents: bool = False
+) -> str | None:
     """Why an attention path cannot be trusted on `device`, or None: output and gradients must be those of the plain
-    path on the CPU."""
+    path on the CPU. `between_documents`: in a row of three documents, to which attention keeps."""
     c, generator = config, np.random.default_rng(0)
     heads = ((c.num_heads, c.qk_head_dim), (c.num_kv_heads, c.qk_head_dim), (c.num_kv_heads, c.v_head_dim))
     shapes = [(1, TOKENS, *shape) for shape in (*heads, (c.num_heads, c.v_head_dim))]
     *operands, upstream = (generator.standard_normal(shape).astype(dtype) for shape in shapes)
 
     def attend(function, device):
-        return _with_gradients(lambda q, k, v: function(q, k, v, c.softmax_scale), operands, upstream, device)
+        def apply(q, k, v):
+            documents = jnp.arange(TOKENS)[None] // (TOKENS // 3 + 1) if between_documents else None
+            return function(q, k, v, c.softmax_scale, documents)
+
+        return _with_gradients(apply, operands, upstream, device)
 
     return _difference(attend(ATTENTION_PATHS[path], device), attend(attend_plain, _cpu()), dtype)
 

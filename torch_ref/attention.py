@@ -13,10 +13,10 @@ Twins: `torch_ref/attention.py`, `flax_model/attention.py`.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torch_ref.fused_attention import attend_masked, attend_sdpa
+from torch_ref.fused_attention import attend_masked, attend_sdpa, visible_keys
 from torch_ref.layers import Linear, RMSNorm, wide
 from torch_ref.rotary import Rope, apply_rope
 from torch_ref.spec.config import LATENT_NORM_EPS, ModelConfig
@@ -27,13 +27,15 @@ def attend_plain(
     k: Float[Tensor, "batch seq kv_heads qk"],
     v: Float[Tensor, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq heads vdim"]:
-    """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider."""
+    """Causal attention with all scores held at once: the oracle of the other paths. Softmax in float32 or wider.
+    `documents` are numbers of which a query and the keys it sees have the same; None: it sees all before it."""
     batch, seq, heads, _ = q.shape
     grouped = wide(q).reshape(batch, seq, k.shape[2], -1, q.shape[-1])  # heads -> kv_heads, heads of one group
     scores = torch.einsum("bqkgd,bskd->bkgqs", grouped, wide(k)) * scale
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
-    probabilities = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+    visible = visible_keys(q, documents)[:, None, None]
+    probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     out = torch.einsum("bkgqs,bskd->bqkgd", probabilities, wide(v))
     return out.reshape(batch, seq, heads, v.shape[-1]).to(q.dtype)
 
@@ -85,9 +87,15 @@ class Attention(nn.Module):
         k_rope = k_rope[:, :, None].expand(*k_nope.shape[:3], c.qk_rope_head_dim)
         return torch.cat((k_nope, k_rope), dim=-1), v
 
-    def forward(self, x: Float[Tensor, "batch seq hidden"], rope: Rope, path: str) -> Float[Tensor, "batch seq hidden"]:
-        """`path` is a key of `ATTENTION_PATHS`."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rope: Rope,
+        path: str,
+        documents: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """`path` is a key of `ATTENTION_PATHS`, and `documents` are `attend_plain`'s."""
         q = torch.cat(self.queries(x, rope), dim=-1)
         k, v = self.expand(*self.latents(x, rope))
-        out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale)
+        out = ATTENTION_PATHS[path](q, k, v, self.config.softmax_scale, documents)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

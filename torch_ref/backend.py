@@ -27,7 +27,7 @@ from torch_ref.cpu import return_freed_blocks
 from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, sent_to_host, trace
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
-from torch_ref.self_check import compile_checked, fused_adamw
+from torch_ref.self_check import compile_checked, fused_adamw, self_checked
 from torch_ref.spec.checkpoint import make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
@@ -274,6 +274,11 @@ class TorchBackend:
         host, steps, updates = snapshot
         self._load(*host)
         self._set_counters(steps, updates)
+
+    def keep_within_documents(self, separator: int) -> None:
+        self.compute = replace(self.compute, separator=separator)
+        if self._device.type != "cpu":
+            self.compute = self_checked(self.compute, self._device)
 
     def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)

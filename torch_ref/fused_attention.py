@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from torch_ref.cpu import operand
+
+
+def visible_keys(
+    q: Float[Tensor, "batch seq heads qk"], documents: Int[Tensor, "batch seq"] | None
+) -> Bool[Tensor, "#batch seq seq"]:
+    """Which keys a query sees: none after it, and those of its own document alone."""
+    seq = q.shape[1]
+    causal = torch.ones(1, seq, seq, dtype=torch.bool, device=q.device).tril()
+    return causal if documents is None else causal & (documents[:, :, None] == documents[:, None, :])
 
 
 def attend_sdpa(
@@ -15,12 +24,17 @@ def attend_sdpa(
     k: Float[Tensor, "batch seq kv_heads qk"],
     v: Float[Tensor, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq heads vdim"]:
-    """The same by torch's fused kernels, which want one head size: v is padded with zeros, and the pad cut off."""
+    """The same by torch's fused kernels, which want one head size: v is padded with zeros, and the pad cut off. Between
+    documents they take a mask of all pairs, which is slower."""
     v_head_dim, dtype = v.shape[-1], q.dtype
     v = F.pad(v, (0, q.shape[-1] - v_head_dim))
+    mask = None if documents is None else visible_keys(q, documents)[:, None]
     q, k, v = (operand(x).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2)[..., :v_head_dim].to(dtype)
 
 
@@ -29,15 +43,15 @@ def attend_masked(
     k: Float[Tensor, "batch seq kv_heads qk"],
     v: Float[Tensor, "batch seq kv_heads vdim"],
     scale: float,
+    documents: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq heads vdim"]:
     """The same for MPS, around what its fused kernel gets wrong: the mask is explicit (`is_causal` leaked later tokens
     in half precision, pytorch #195910), v is padded to the key's size (#176767), operands are contiguous (#181133),
     heads are repeated, and q carries the scale (it was missing from the kernel cache's key, #184122)."""
-    seq, heads, v_head_dim = q.shape[1], q.shape[2], v.shape[-1]
-    groups = heads // k.shape[2]
+    v_head_dim, groups = v.shape[-1], q.shape[2] // k.shape[2]
+    mask = visible_keys(q, documents)[:, None]
     v = F.pad(v, (0, q.shape[-1] - v_head_dim))
     q = (q * scale).transpose(1, 2).contiguous()
     k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2).contiguous() for x in (k, v))
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=1.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     return out.transpose(1, 2)[..., :v_head_dim]

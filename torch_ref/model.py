@@ -52,9 +52,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"], rope: Rope, compute: ComputeConfig
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rope: Rope,
+        compute: ComputeConfig,
+        documents: Int[Tensor, "batch seq"] | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], MoEOutput | None]:
-        x = x + self.attention(self.input_norm(x), rope, compute.attention)
+        x = x + self.attention(self.input_norm(x), rope, compute.attention, documents)
         normed = self.post_attention_norm(x)
         if self.dense:
             return x + self.mlp(normed), None
@@ -62,9 +66,11 @@ class Block(nn.Module):
         return x + moe.out, moe
 
 
-def run_layer(block: Block, x: Tensor, rope: Rope, compute: ComputeConfig) -> tuple[Tensor, MoEOutput | None]:
+def run_layer(
+    block: Block, x: Tensor, rope: Rope, compute: ComputeConfig, documents: Tensor | None = None
+) -> tuple[Tensor, MoEOutput | None]:
     """Call a block. As a function of the block it is compiled once for all layers of a kind."""
-    return block(x, rope, compute)
+    return block(x, rope, compute, documents)
 
 
 COMPILER = "inductor"
@@ -115,6 +121,7 @@ class Model(nn.Module):
             raise ValueError(f"{seq} tokens do not fit the context of max_position = {config.max_position}")
         dtype = getattr(torch, compute.dtype)
         rope = self._kept_rope(seq, dtype, tokens.device)
+        documents = None if compute.separator is None else document_numbers(tokens, compute.separator)
         x = F.embedding(tokens.long(), self.embed_tokens.weight).to(dtype)
         balance_loss = wide(x.new_zeros(batch))
         counts, layers = [], []
@@ -123,7 +130,7 @@ class Model(nn.Module):
         if compute.remat == "layers" and training:
             run = partial(checkpoint, run, use_reentrant=False)
         for block in self.layers:
-            x, moe = run(block, x, rope, compute)
+            x, moe = run(block, x, rope, compute, documents)
             if moe is not None:
                 balance_loss = balance_loss + moe.balance_loss
                 counts.append(moe.expert_counts)
@@ -148,6 +155,11 @@ class Model(nn.Module):
 def _empty(config: ModelConfig, dtype: torch.dtype) -> Tensor:
     # nn.Embedding would otherwise draw 28 M normal numbers that load_values overwrites.
     return torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+
+
+def document_numbers(tokens: Int[Tensor, "batch seq"], separator: int) -> Int[Tensor, "batch seq"]:
+    """In which document of its row each token is: a separator begins the next one, which it is the first token of."""
+    return (tokens == separator).cumsum(1)
 
 
 class Parts(NamedTuple):

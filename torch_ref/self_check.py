@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
 from torch_ref.layers import wide
-from torch_ref.model import Block, Model, compiled_layer, run_layer
+from torch_ref.model import Block, Model, compiled_layer, document_numbers, run_layer
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
@@ -30,7 +31,8 @@ def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
     from torch_ref.device import describe  # which asks for this check
 
-    for option, plain, check in (("attention", "plain", attention_error), ("moe", "dense", experts_error)):
+    of_attention = partial(attention_error, between_documents=compute.separator is not None)
+    for option, plain, check in (("attention", "plain", of_attention), ("moe", "dense", experts_error)):
         path = getattr(compute, option)
         problem = _tried(check, path, compute.dtype, device)
         if problem and path != plain:
@@ -57,17 +59,20 @@ def _tried(check: Callable[..., str | None], *arguments) -> str | None:
         return str(error).splitlines()[0]
 
 
-def attention_error(path: str, dtype: str, device: torch.device) -> str | None:
+def attention_error(path: str, dtype: str, device: torch.device, between_documents: bool = False) -> str | None:
     """Why an attention path cannot be trusted on `device`, or None: no position may see a later one, and output and
-    gradients must be those of the plain path on the CPU. Key and value sizes differ, as in the model."""
+    gradients must be those of the plain path on the CPU. Key and value sizes differ, as in the model.
+    `between_documents`: in rows of three documents, to which attention keeps."""
     generator = torch.Generator().manual_seed(0)
     for seq in (1, 2, 5, 64, 96):
         shapes = ((2, seq, 6, 24), (2, seq, 2, 24), (2, seq, 2, 16), (2, seq, 6, 16))
         *operands, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
         operands = [operand.to(getattr(torch, dtype)) for operand in operands]
 
-        def attend(function, operands, device, upstream=upstream):
-            return _with_gradients(lambda q, k, v: function(q, k, v, 24**-0.5), operands, upstream, device)
+        def attend(function, operands, device, seq=seq, upstream=upstream):
+            documents = torch.arange(2 * seq, device=device).view(2, seq) // (seq // 3 + 1)
+            documents = documents if between_documents else None
+            return _with_gradients(lambda q, k, v: function(q, k, v, 24**-0.5, documents), operands, upstream, device)
 
         got = attend(ATTENTION_PATHS[path], operands, device)
         if problem := _difference(got, attend(attend_plain, operands, torch.device("cpu")), dtype):
@@ -154,10 +159,11 @@ def layer_pass(
     rope = make_rope(model.config, tokens.shape[1], dtype, tokens.device)
     x = model.embed_tokens.weight.detach()[tokens.long()].to(dtype)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    documents = None if compute.separator is None else document_numbers(tokens, compute.separator)
 
     def run() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
-        out, _ = function(block, leaf, rope, compute)
+        out, _ = function(block, leaf, rope, compute, documents)
         results = [out.detach(), *torch.autograd.grad(out, [leaf, *block.parameters()], upstream)]
         if tokens.is_cuda:
             torch.cuda.synchronize()

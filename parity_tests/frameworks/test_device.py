@@ -108,7 +108,7 @@ def test_self_check_passes_what_is_right(self_check, recwarn, dtype):
     assert not recwarn.list
 
 
-def _leaks(q, k, v, scale):
+def _leaks(q, k, v, scale, _):
     """Causal by groups of 4 queries, as a fused kernel once was."""
     import torch
 
@@ -121,13 +121,13 @@ def _leaks(q, k, v, scale):
     return torch.einsum("bhqs,bshd->bqhd", probabilities, v.float()).to(q.dtype)
 
 
-def _forgets_scale(q, k, v, scale):
+def _forgets_scale(q, k, v, scale, _):
     from torch_ref.attention import attend_plain
 
     return attend_plain(q, k, v, 1.0)
 
 
-def _not_a_number(q, k, v, scale):
+def _not_a_number(q, k, v, scale, _):
     from torch_ref.attention import attend_plain
 
     return attend_plain(q, k, v, scale) * float("nan")

@@ -52,10 +52,10 @@ def half_gradient(function):
 
 
 ATTENTION_FAULTS = {
-    "sees all": (lambda q, k, v, scale: jax.nn.dot_product_attention(q, k, v, scale=scale), "output off by"),
-    "another scale": (lambda q, k, v, scale: attention.attend_plain(q, k, v, 1.5 * scale), "output off by"),
+    "sees all": (lambda q, k, v, scale, _: jax.nn.dot_product_attention(q, k, v, scale=scale), "output off by"),
+    "another scale": (lambda q, k, v, scale, _: attention.attend_plain(q, k, v, 1.5 * scale), "output off by"),
     "half a gradient": (
-        lambda q, k, v, scale: half_gradient(lambda q, k, v: attention.attend_plain(q, k, v, scale))(q, k, v),
+        lambda q, k, v, scale, _: half_gradient(lambda q, k, v: attention.attend_plain(q, k, v, scale))(q, k, v),
         "gradient off by",
     ),
     "no kernel": (lambda *operands: jax.nn.dot_product_attention(*operands[:3], implementation="cudnn"), "Error: "),

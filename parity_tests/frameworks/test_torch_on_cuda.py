@@ -115,10 +115,10 @@ def test_a_layer_that_does_not_compile_runs_as_it_is(tracing, monkeypatch):
 
 @pytest.mark.parametrize("wrong, factor", [("output", 1.1), ("output", float("nan")), ("gradient", 1.1)])
 def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
-    def compiled(block, x, rope, compute):
+    def compiled(block, x, rope, compute, documents):
         if wrong == "gradient":
             x = x.detach() + factor * (x - x.detach())
-        out, report = model.run_layer(block, x, rope, compute)
+        out, report = model.run_layer(block, x, rope, compute, documents)
         return (out if wrong == "gradient" else factor * out), report
 
     monkeypatch.setattr(self_check, "compiled_layer", lambda: compiled)

@@ -207,11 +207,12 @@ def _():
 
 
 def attend_with(mask: Callable | None = None, scale: float | None = None, group: Callable | None = None):
-    def attend(q, k, v, right_scale):
+    def attend(q, k, v, right_scale, documents):
         heads, seq = q.shape[2], q.shape[1]
         reads = [(group or (lambda head: head // (heads // k.shape[2])))(head) for head in range(heads)]
         scores = torch.einsum("bqhd,bshd->bhqs", q, k[:, :, reads]) * (scale or right_scale)
         visible = torch.ones(seq, seq, dtype=torch.bool).tril() if mask is None else mask(seq)
+        visible = (visible & (documents[:, :, None] == documents[:, None]))[:, None]
         return torch.einsum("bhqs,bshd->bqhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v[:, :, reads])
 
     return mock.patch.dict(attention.ATTENTION_PATHS, {"plain": attend})
@@ -230,6 +231,46 @@ def _():
 @mutation("causal mask in blocks of four", "trace", "layers.0.attention.attend")
 def _():
     return attend_with(mask=lambda seq: torch.arange(seq)[:, None] // 4 >= torch.arange(seq) // 4)
+
+
+def numbered_by(number: Callable) -> AbstractContextManager:
+    """Documents numbered by another function of where the separators are."""
+    return mock.patch.object(model, "document_numbers", lambda tokens, separator: number(tokens == separator))
+
+
+@mutation("attention across documents", "trace", "layers.0.attention.attend")
+def _():
+    return numbered_by(lambda begins: torch.zeros_like(begins).long())
+
+
+@mutation("a separator ends its document", "trace", "layers.0.attention.attend")
+def _():
+    return numbered_by(lambda begins: begins.cumsum(1) - begins.long())
+
+
+@mutation("documents numbered one token too late", "trace", "layers.0.attention.attend")
+def _():
+    return numbered_by(lambda begins: begins.roll(1, 1).cumsum(1))
+
+
+@mutation("only the token after a separator is cut off", "trace", "layers.0.attention.attend")
+def _():
+    return numbered_by(lambda begins: begins.long())
+
+
+@mutation("documents of the first row in all rows", "trace", "layers.0.attention.attend")
+def _():
+    return numbered_by(lambda begins: begins.cumsum(1)[:1].expand(begins.shape))
+
+
+@mutation("documents known to the first layer alone", "trace", "layers.1.attention.attend")
+def _():
+    original = model.Block.forward
+
+    def forward(self, x, rope, compute, documents):
+        return original(self, x, rope, compute, documents if self.dense else torch.zeros_like(documents))
+
+    return mock.patch.object(model.Block, "forward", forward)
 
 
 @mutation("softmax scale without the rotary part", "trace", "layers.0.attention.attend")

@@ -202,18 +202,18 @@ def block(forward: Callable) -> AbstractContextManager:
 def _():
     original = model.Block.forward
 
-    def forward(self, x, rope, compute):
+    def forward(self, x, rope, compute, documents):
         norm = self.post_attention_norm
         with mock.patch.object(norm, "forward", lambda x: x * 1):
-            return original(self, x, rope, compute)
+            return original(self, x, rope, compute, documents)
 
     return block(forward)
 
 
 @mutation("residual of the attention left out", "trace", "layers.0.post_attention_norm")
 def _():
-    def forward(self, x, rope, compute):
-        x = self.attention(self.input_norm(x), rope, compute.attention)
+    def forward(self, x, rope, compute, documents):
+        x = self.attention(self.input_norm(x), rope, compute.attention, documents)
         mlp = self.mlp(self.post_attention_norm(x), *(() if self.dense else (compute.moe, False)))
         return (x + mlp, None) if self.dense else (x + mlp.out, mlp)
 
@@ -222,8 +222,8 @@ def _():
 
 @mutation("attention and MLP in parallel", "trace", "layers.0.post_attention_norm")
 def _():
-    def forward(self, x, rope, compute):
-        attended = self.attention(self.input_norm(x), rope, compute.attention)
+    def forward(self, x, rope, compute, documents):
+        attended = self.attention(self.input_norm(x), rope, compute.attention, documents)
         mlp = self.mlp(self.post_attention_norm(x), *(() if self.dense else (compute.moe, False)))
         return (x + attended + mlp, None) if self.dense else (x + attended + mlp.out, mlp)
 

@@ -133,6 +133,23 @@ def test_both_mains_give_the_same_numbers(settings: Path, x64: None) -> None:
         np.testing.assert_allclose(flax_weights[name], tensor.numpy(), rtol=0, atol=1e-8, err_msg=name)
 
 
+def test_both_mains_keep_to_documents(settings: Path, x64: None, capsys: pytest.CaptureFixture) -> None:
+    """Alike, otherwise than without, and not unawares on resuming."""
+    pytest.importorskip("torch")
+    shared = ("--config", str(settings), "--dtype", "float64", "--sample-interval", "0")
+    assert train("torch", *shared, "--run-dir", "open") == 0
+    for framework in MAINS:
+        assert train(framework, *shared, "--document-mask", "--run-dir", framework) == 0
+    assert steps("torch")[-1]["loss"] != pytest.approx(steps("open")[-1]["loss"], rel=1e-6)
+    for ours, theirs in zip(steps("flax"), steps("torch"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
+    validations = [[r["loss"] for r in read_metrics(Path(d)) if r["kind"] == "validation"] for d in MAINS]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-10)
+    capsys.readouterr()
+    assert train("torch", *shared, "--steps", "9", "--allow-changed-settings", "--run-dir", "torch") == 0
+    assert "changed since the checkpoint: --document-mask was True, now False" in capsys.readouterr().out
+
+
 def test_both_mains_start_from_the_weights_of_a_run(settings: Path, x64: None) -> None:
     pytest.importorskip("torch")
     shared = ("--config", str(settings), "--dtype", "float64")

@@ -70,6 +70,7 @@ class FakeBackend:
     device = "imagination"
     peak_memory = 1_500_000_000
     runs_ahead = False
+    separator: int | None = None
 
     def __init__(self, options: Options) -> None:
         self.model_config: ModelConfig = options.model
@@ -87,6 +88,9 @@ class FakeBackend:
     @property
     def steps_done(self) -> int:
         return self._steps
+
+    def keep_within_documents(self, separator: int) -> None:
+        self.separator = separator
 
     def init(self, seed: int) -> None:
         self._weights = np.random.default_rng(seed).standard_normal(4)

@@ -182,7 +182,7 @@ DType = Literal["float32", "bfloat16", "float64"]
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a forward pass is computed; none of it changes what is computed, beyond rounding.
+    """How a forward pass is computed; none of it but `separator` changes what is computed, beyond rounding.
 
     Every field is a choice that parity is tested over.
     """
@@ -205,6 +205,9 @@ class ComputeConfig:
     other (`flax_model/sharding.py`)."""
     compile: str = "auto"
     """Torch only: whether training runs its layers through `torch.compile`. `on`, `off`; `auto` is on for CUDA."""
+    separator: int | None = None
+    """The token that begins a document, to which attention then keeps (`document_numbers`); None: it does not. For
+    training and scoring: a text that is continued is one document."""
 
     @property
     def param_dtype(self) -> str:

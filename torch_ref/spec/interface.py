@@ -160,6 +160,10 @@ class Backend(Protocol):
     def rollback(self, snapshot: Any) -> None:
         """Return to a snapshot."""
 
+    def keep_within_documents(self, separator: int) -> None:
+        """Let attention keep to documents, in training and in `evaluate`: a token `separator` begins one. Before the
+        first step."""
+
     def set_schedule(self, schedule: Callable[[int], float]) -> None:
         """Use another learning-rate schedule from the next step on (the LR finder's sweep)."""
 

@@ -49,6 +49,8 @@ class CorpusOptions:
     """A Hub name, a local folder, or bpe: byte-level, as large as the model's vocabulary, trained on the corpus."""
     seq_len: int = trajectory(2048)
     """Number of tokens in a row."""
+    document_mask: bool = trajectory(False)
+    """Whether a token sees its own document alone, in training and validation, or whatever is before it in its row."""
     shuffle_window: int = 2048
     """Documents that are shuffled among each other; 1 keeps their order."""
     validation_dataset: Repeated = ()

@@ -73,6 +73,8 @@ def lowered(options: Options, devices: list[jax.Device]) -> Iterator[tuple[str, 
     batch = options.micro_batches, options.rows_per_pass * options.devices, options.seq_len
     with compiling_for(devices[0].platform):
         backend = FlaxBackend(options.model, options.compute, options.optimizer, devices=devices)
+        if options.document_mask:
+            backend.keep_within_documents(0)
         yield "train step", backend.lower_step(batch)
         yield "evaluation step", backend.lower_evaluation(options.seq_len)
         room = min(NEW_TOKENS, options.model.max_position // 2)

@@ -60,6 +60,8 @@ def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, 
                     other = locate(options.resume_from).run
                     resume = other is not None and take_along(other, run_dir)
                 data = open_data(options.data, run_dir, resume)
+                if options.document_mask:
+                    backend.keep_within_documents(data.tokenizer.eot_id)
                 return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
