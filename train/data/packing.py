@@ -2,7 +2,8 @@
 
 The token stream is every training document in a shuffled order, each followed by the end-of-text token. A batch is
 the next batch_size * seq_len + 1 tokens, cut into rows of seq_len inputs and their targets; the next batch begins
-with the last token of this one, so each token is predicted exactly once. Attention runs across the ends of documents.
+with the last token of this one, so each token is predicted exactly once. Attention runs across the ends of documents,
+unless `--document-mask` keeps it within them.
 
 The shuffle permutes one window of documents after another, by a generator seeded with (seed, epoch, window): a
 position therefore needs no buffer, only where the window starts in the source, and how far into it we are.
