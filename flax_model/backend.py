@@ -30,6 +30,7 @@ from jaxtyping import Int
 
 from flax_model.checkpoint import Checkpoints
 from flax_model.device import describe, peak_memory, resolve_compute, resolve_device, trace
+from flax_model.processes import agree
 from flax_model.self_check import self_checked
 from flax_model.sharding import (
     AXES,
@@ -38,8 +39,12 @@ from flax_model.sharding import (
     abstract_parameters,
     batch_sharding,
     decay_mask,
+    from_host,
+    from_own_shards,
+    host_array,
     make_mesh,
     mesh_devices,
+    own_shards,
     per_device,
     replicated,
     tree_bytes,
@@ -53,6 +58,7 @@ from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
 from torch_ref.spec.parameters import Parameter, flax_path, initial_values, parameter_table
+from torch_ref.spec.processes import Processes, agree_alone
 from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 
@@ -92,7 +98,8 @@ class FlaxBackend:
         self._abstract = abstract_state(model_config, self._dtype, mesh)
         self._state: State | None = None
         self._steps = 0
-        self._checkpoints = Checkpoints()
+        self.processes = Processes(jax.process_count(), jax.process_index())
+        self._checkpoints = Checkpoints(self.processes, self.agree)
         self._expected_batch = expected_batch
         self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
         self._make_programs()
@@ -144,6 +151,10 @@ class FlaxBackend:
     def runs_ahead(self) -> bool:
         return self._device.platform != "cpu"
 
+    def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:
+        alone = self.processes.count == 1
+        return agree_alone(wishes) if alone else agree(wishes, self._device.platform)
+
     @property
     def _updates(self) -> int:
         return int(self._state["updates"])
@@ -193,11 +204,11 @@ class FlaxBackend:
 
     def _step_for(self, shape: tuple[int, ...]) -> Compiled:
         """The compiled step for batches of a shape."""
-        if shape not in self._compiled:
-            self._compiled[shape] = self._compile(shape)
-        step = self._compiled[shape]
-        if isinstance(step, Future):
-            step = self._compiled[shape] = step.result()
+        step = self._compiled.get(shape)
+        if not isinstance(step, Compiled):
+            step = self._compiled[shape] = step.result() if step else self._compile(shape)
+            # On CPUs some collectives give up after half a minute, by which compilers may well be apart.
+            self.agree([0])()
         return step
 
     def begin_step(self, inputs: np.ndarray, targets: np.ndarray) -> Callable[[], StepResult]:
@@ -205,7 +216,7 @@ class FlaxBackend:
         rate = float(self.optimizer_config.schedule(self._steps))
         batch = split_batch(inputs, targets, self._rows_per_pass)
         step = self._step_for(batch[0].shape)
-        self._state, metrics = step(self._state, *jax.device_put(batch, self._batch_sharding), self._dtype.type(rate))
+        self._state, metrics = step(self._state, *from_host(batch, self._batch_sharding), self._dtype.type(rate))
         self._steps += 1
         jax.copy_to_host_async(metrics)
         tokens = int((targets != IGNORE).sum())
@@ -223,7 +234,7 @@ class FlaxBackend:
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         total = 0.0
         for micro in zip(*split_batch(inputs, targets, self._rows_per_pass, pad=True), strict=True):
-            micro = jax.device_put(micro, NamedSharding(self._mesh, PartitionSpec(AXES)))
+            micro = from_host(micro, NamedSharding(self._mesh, PartitionSpec(AXES)))
             total += float(self._loss_sum(self._state["params"], self._state["biases"], *micro))
         return total, int((targets != IGNORE).sum())
 
@@ -233,6 +244,8 @@ class FlaxBackend:
         from flax_model.generate import generate
 
         params, biases = whole((self._state["params"], self._state["biases"]), self._mesh)
+        if not self.processes.writes:
+            return []
         model = merge(self._graphdef, params, biases)
         compute = replace(self.compute, mesh=(1, 1, 1), separator=None)
         return generate(model, [prompt], sampling, seed, compute, on_token)[0]
@@ -267,15 +280,17 @@ class FlaxBackend:
         return stored["meta"]
 
     def delete(self, path: Path) -> None:
-        self._checkpoints.delete(path)
+        if self.processes.writes:
+            self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
         require_host_memory(tree_bytes(self._state), "a copy of the state")
-        return jax.tree.map(lambda leaf: np.array(leaf), self._state)
+        return jax.tree.map(own_shards, self._state)
 
     def rollback(self, snapshot: Any) -> None:
         self._state = None
-        self._state = jax.tree.map(place, snapshot, self._abstract)
+        restored = jax.tree.map(lambda like, shards: from_own_shards(shards, like), self._abstract, snapshot)
+        self._state = place(restored, self._abstract)
         self._steps = int(self._state["step"])
 
     def keep_within_documents(self, separator: int) -> None:
@@ -308,7 +323,7 @@ class FlaxBackend:
         for tree in trees:
             leaf = leaf_at(self._state[tree], path)
             if leaf is not None:
-                return np.array(leaf if index is None else _take(leaf, index))
+                return np.array(host_array(leaf if index is None else _take(leaf, index)))
         raise KeyError(name)
 
     def load_state(self, state: TrainingState) -> None:

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_model.sharding import tree_bytes
+from flax_model.sharding import host_array, tree_bytes
 from torch_ref.spec.checkpoint import (
+    DamagedCheckpoint,
     in_step_order,
     named_leaves,
     read_errors,
@@ -38,6 +40,7 @@ from torch_ref.spec.checkpoint import (
 )
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.processes import ALONE, Agree, Processes, agree_alone
 from torch_ref.spec.storage import make_folder, write_errors
 from torch_ref.spec.training_state import require_tensors
 
@@ -47,8 +50,11 @@ logging.getLogger("asyncio").addFilter(lambda record: "exception was never retri
 
 
 def _without_orbax(unraisable: Any, otherwise: Callable = sys.unraisablehook) -> None:
-    """Where a save or a restore fails, orbax leaves coroutines behind, and Python would print a traceback of each."""
+    """Where a save or a restore fails, orbax leaves coroutines behind, and reads that end after their event loop:
+    Python would print a traceback of each."""
     code = getattr(unraisable.object, "cr_code", None)
+    if "Event loop is closed" in str(unraisable.exc_value):
+        return
     if code is None or "orbax" not in code.co_filename:
         otherwise(unraisable)
 
@@ -67,18 +73,21 @@ the buffers that are being written, and needs room of its own."""
 class Checkpoints:
     """Writes, finds and reads checkpoints. At most one save is under way at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE, agree: Agree = agree_alone) -> None:
+        self._processes, self._agree = processes, agree
         self._under_way: tuple[Path, int | None] = (Path(), None)
         """What is being written, and its bytes."""
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                # zarr3 without compression: weights do not compress, and zstd is seven times slower than the disk.
-                state=ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
-                meta=ocp.JsonCheckpointHandler(),
-            ),
+            _items(),
             # A folder that cannot be made then raises at once, instead of minutes later in a thread.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
+        self._reader = self._checkpointer
+        if processes.count > 1:
+            # Each process reads by itself: one that finds damage does not leave the others waiting.
+            me = {"primary_host": processes.index, "active_processes": {processes.index}}
+            options = ocp.options.MultiprocessingOptions(**me, barrier_sync_key_prefix=f"reader_{processes.index}")
+            self._reader = ocp.Checkpointer(_items(options), multiprocessing_options=options)
 
     def save(self, path: Path, state: dict, contents: dict) -> None:
         """Write nested dicts of arrays and a JSON object; a checkpoint of that name is replaced. The arrays may be
@@ -88,7 +97,7 @@ class Checkpoints:
         path = Path(path).absolute()
         self._under_way = path, tree_bytes(state)
         make_folder(path.parent)
-        for leftover in path.parent.glob("*"):
+        for leftover in path.parent.glob("*") if self._processes.writes else ():
             if TEMPORARY.fullmatch(leftover.name):
                 shutil.rmtree(leftover)
         sealed = seal(contents, _host_arrays(state))
@@ -118,9 +127,9 @@ class Checkpoints:
         self.wait()
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such checkpoint")
-        with read_errors(path, *UNREADABLE):
+        with self._by_all(path), read_errors(path, *UNREADABLE):
             items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            contents = self._checkpointer.restore(Path(path).absolute(), args=items)["meta"]
+            contents = self._reader.restore(Path(path).absolute(), args=items)["meta"]
         require_seal(contents, path)
         require_contents(contents, "flax", path)
         return contents
@@ -128,17 +137,18 @@ class Checkpoints:
     def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first array that is missing, unknown, or of another shape or dtype than in
         `expected`, nested dicts of `jax.ShapeDtypeStruct`."""
-        stored = shapes(self._stored(path))
-        require_stored(contents, stored, path)
-        require_tensors(stored, shapes(expected), path)
+        with self._by_all(path):
+            stored = shapes(self._stored(path))
+            require_stored(contents, stored, path)
+            require_tensors(stored, shapes(expected), path)
 
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The arrays of a checkpoint, placed as `expected` says; call `check` first. Raises `UserError` where what was
         read is not what was written."""
-        with read_errors(path, *UNREADABLE):
+        with self._by_all(path), read_errors(path, *UNREADABLE):
             restore_args = ocp.checkpoint_utils.construct_restore_args(expected)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=expected, restore_args=restore_args))
-            state = self._checkpointer.restore(Path(path).absolute(), args=items)["state"]
+            state = self._reader.restore(Path(path).absolute(), args=items)["state"]
         require_tensors(shapes(state), shapes(expected), path)
         require_arrays(contents, _host_arrays(state), path)
         return state
@@ -151,14 +161,25 @@ class Checkpoints:
             wanted = {name: stored[name] for name in names}
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             part = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-            parts = self._checkpointer.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
+            parts = self._reader.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
         require_arrays(contents, named_leaves(parts), path)
         return parts
+
+    @contextmanager
+    def _by_all(self, path: Path) -> Iterator[None]:
+        """What one process cannot read is damaged for all."""
+        try:
+            yield
+        except UserError:
+            self._agree([1])()
+            raise
+        if self._agree([0])()[0]:
+            raise DamagedCheckpoint(path, "another process cannot read it")
 
     def _stored(self, path: Path) -> dict:
         """What a checkpoint says it holds: nested dicts of shapes and dtypes."""
         with read_errors(path, *UNREADABLE):
-            return self._checkpointer.metadata(Path(path).absolute()).item_metadata["state"].tree
+            return self._reader.metadata(Path(path).absolute()).item_metadata["state"].tree
 
     def delete(self, path: Path) -> None:
         self.wait()
@@ -169,7 +190,19 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+            self._reader.close()
+
+
+def _items(processes: ocp.options.MultiprocessingOptions | None = None) -> ocp.CompositeCheckpointHandler:
+    """What writes and reads the items of a checkpoint, all processes together or those named."""
+    options = processes or ocp.options.MultiprocessingOptions()
+    return ocp.CompositeCheckpointHandler(
+        # zarr3 without compression: weights do not compress, and zstd is seven times slower than the disk.
+        state=ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, multiprocessing_options=options),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+    )
 
 
 def _host_arrays(state: dict) -> Iterator[tuple[str, np.ndarray]]:
-    return ((name, np.asarray(leaf)) for name, leaf in named_leaves(state))
+    return ((name, host_array(leaf)) for name, leaf in named_leaves(state))

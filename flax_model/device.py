@@ -29,12 +29,13 @@ from torch_ref.spec.memory import host_memory_available, process_peak
 
 
 def resolve_device(name: str) -> jax.Device:
-    """`auto` is what JAX prefers: a GPU if there is one. Raises `UserError` where the device is not there."""
+    """The first such device of this process. `auto` is what JAX prefers: a GPU if there is one. Raises `UserError`
+    where there is none."""
     if name == "auto":
-        return jax.devices()[0]
+        return jax.local_devices()[0]
     kind = {"cuda": "gpu"}.get(name, name)
     try:
-        return jax.devices(kind)[0]
+        return jax.local_devices(backend=kind)[0]
     except RuntimeError as error:
         usable = ", ".join(sorted({"cpu", jax.default_backend()}))
         hint = "; python -m torch_ref.train trains on MPS" if name == "mps" else ""
@@ -47,8 +48,9 @@ def describe(device: jax.Device, shape: MeshShape = (1, 1, 1)) -> str:
         name = f"CPU ({platform.machine()}, {os.cpu_count()} threads), jax {jax.__version__}"
     else:
         name = f"{device.device_kind}, jax {jax.__version__}"
-    devices = math.prod(shape)
-    return name if devices == 1 else f"{devices} x {name}, mesh {mesh_words(shape)}"
+    devices, processes = math.prod(shape), jax.process_count()
+    several = "" if processes == 1 else f", {processes} processes"
+    return name if devices == 1 else f"{devices} x {name}, mesh {mesh_words(shape)}{several}"
 
 
 def default_dtype(device: jax.Device) -> str:

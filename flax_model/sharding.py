@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ def mesh_devices(first: jax.Device, shape: MeshShape) -> list[jax.Device]:
     """The devices of a mesh: `first`, or as many of its platform as the shape takes. Raises `UserError` where there are
     not as many, or some would be left idle by one of several processes."""
     wanted = math.prod(shape)
-    if wanted == 1:
+    if wanted == 1 and jax.process_count() == 1:
         return [first]
     found = jax.devices(first.platform)
     if wanted > len(found) or (wanted < len(found) and jax.process_count() > 1):
@@ -146,8 +146,36 @@ def whole(tree: Any, mesh: Mesh) -> Any:
     """All of a tree's arrays on one device of this process, put together from their shards."""
     if mesh.size == 1:
         return tree
-    everywhere = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), everywhere)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), _everywhere(replicated(mesh))(tree))
+
+
+@cache
+def _everywhere(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def host_array(array: Array) -> np.ndarray:
+    """All of an array on the host. Where other processes hold shards of it, all must ask for it together."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = whole(array, array.sharding.mesh)
+    return np.asarray(array)
+
+
+def from_host(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays on the devices; each process takes its devices' shards of what all of them have."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), tree)
+
+
+def own_shards(array: Array) -> dict[str, np.ndarray]:
+    """Copies of the shards that this process holds, by their places in the array."""
+    return {str(shard.index): np.array(shard.data) for shard in array.addressable_shards}
+
+
+def from_own_shards(shards: dict[str, np.ndarray], like: jax.ShapeDtypeStruct) -> Array:
+    """The array of `own_shards`, as `like` says."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: shards[str(index)])
 
 
 def decay_mask(config: ModelConfig) -> Tree:

@@ -33,6 +33,7 @@ from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
 from torch_ref.spec.parameters import initial_values, parameter_table
+from torch_ref.spec.processes import ALONE, agree_alone
 from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 
@@ -43,6 +44,8 @@ class TorchBackend:
     """
 
     framework = "torch"
+    processes = ALONE
+    agree = staticmethod(agree_alone)
     checkpoint_suffix = SUFFIX
 
     def __init__(

@@ -19,6 +19,7 @@ import numpy as np
 from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
+from torch_ref.spec.processes import ALONE, agree_alone
 from train.data.corpus import DataError
 from train.data.feed import HELD_OUT, Validation
 from train.data.packing import Rows
@@ -70,6 +71,8 @@ class FakeBackend:
     device = "imagination"
     peak_memory = 1_500_000_000
     runs_ahead = False
+    processes = ALONE
+    agree = staticmethod(agree_alone)
     separator: int | None = None
 
     def __init__(self, options: Options) -> None:

@@ -6,7 +6,7 @@ the protocol: `torch_ref.backend.TorchBackend` and `flax_model.backend.FlaxBacke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.processes import Processes
 
 IGNORE = -1
 """A target that is not scored: padding of a short validation row."""
@@ -91,6 +92,8 @@ class Backend(Protocol):
     """`flax` or `torch`."""
     model_config: ModelConfig
     compute: ComputeConfig
+    processes: Processes
+    """Those that train together. All call the same methods in the same order, with the same arguments."""
     checkpoint_suffix: str
     """Appended to a checkpoint's name: `.pt` for torch, nothing for Flax (orbax writes folders)."""
 
@@ -111,6 +114,10 @@ class Backend(Protocol):
         """Whether the device works on a begun step while the host goes on, so that the next one is best begun before
         the result is asked for."""
 
+    def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:
+        """The largest of each number (32 bits) over all processes. Begins at once; what is returned waits for the
+        answer, which on a device comes after all that was begun before."""
+
     def init(self, seed: int) -> None:
         """Seeded weights, zero moments, step 0."""
 
@@ -128,7 +135,7 @@ class Backend(Protocol):
         self, prompt: list[int], sampling: Sampling, seed: int, on_token: Callable[[list], None] | None = None
     ) -> list[int]:
         """The new tokens only. Draws from a random stream of its own, a function of `seed`. `on_token` is called after
-        each token, and may raise to end it."""
+        each token, and may raise to end it. Of several processes only the one that writes gets any."""
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         """Write checkpoint `folder/name<suffix>`: weights, moments, balance bias, step counters and `meta` (JSON).

@@ -6,6 +6,7 @@ All processes read the same text and know the same global batch, whatever their 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -31,3 +32,11 @@ class Processes:
 
 
 ALONE = Processes()
+
+Agree = Callable[[Sequence[int]], Callable[[], list[int]]]
+"""`Backend.agree`."""
+
+
+def agree_alone(wishes: Sequence[int]) -> Callable[[], list[int]]:
+    """`Backend.agree` of one process."""
+    return lambda: list(wishes)

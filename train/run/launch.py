@@ -6,20 +6,22 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch_ref.spec.interface import Backend
 from torch_ref.spec.memory import Framework, choose_remat, step_bytes
+from torch_ref.spec.processes import ALONE, Processes
 from train import command_line
-from train.data.feed import open_data, take_along
+from train.data.feed import Data, open_data, take_along
 from train.run.guard import exclusive
 from train.run.loop import Run
-from train.run.options import Options
+from train.run.options import PROCESS, Options
 from train.run.runlog import METRICS
+from train.run.together import first_by_the_writer, require_same, silence
 from train.shell import shell
 from train.state.resume import own_checkpoints
 from train.state.source import locate
@@ -31,6 +33,7 @@ def launch(
     framework: str,
     build: Callable[[Options], tuple[Options, Backend]],
     write_weights: Callable[[Path, Backend], Path],
+    join: Callable[[Options], AbstractContextManager[Processes]] = lambda options: nullcontext(ALONE),
 ) -> int:
     """Train as the command line says; returns the exit code.
 
@@ -38,34 +41,57 @@ def launch(
         argv: the arguments, by default the process's.
         build: makes the backend, and settles the options that depend on the device (`dtype`, `remat`).
         write_weights: see `Run`.
+        join: joins the processes that train together, of which this is one.
     """
-    return shell(partial(_launch, prog=prog, framework=framework, build=build, write_weights=write_weights))(argv)
+    command = partial(_launch, prog=prog, framework=framework, build=build, write_weights=write_weights, join=join)
+    return shell(command)(argv)
 
 
-def _launch(argv: Sequence[str], *, prog: str, framework: str, build: Callable, write_weights: Callable) -> int:
+def _launch(
+    argv: Sequence[str], *, prog: str, framework: str, build: Callable, write_weights: Callable, join: Callable
+) -> int:
     started = time.monotonic()
     asked = command_line.parse(argv, prog)
     run_dir = asked.run_dir or Path("runs") / f"{asked.preset}-{framework}"
     try:
-        with exclusive(run_dir, METRICS):
+        with join(asked) as processes, exclusive(run_dir, METRICS) if processes.writes else silence():
             options, backend = build(asked)
             automatic = [
                 name
                 for name in ("dtype", "remat", "mesh", "micro_batch_size", "loss_chunk")
                 if getattr(asked, name) == "auto"
             ]
-            with closing(backend):
-                resume = bool(own_checkpoints(backend, run_dir, options.resume_from))
-                if options.resume_from and not resume:
-                    other = locate(options.resume_from).run
-                    resume = other is not None and take_along(other, run_dir)
-                data = open_data(options.data, run_dir, resume)
+            with _closing(backend):
+                require_same(backend, "settings", options.to_dict() | dict.fromkeys(PROCESS), backend.compute)
+                data = first_by_the_writer(backend, lambda kept: _open_data(backend, options, run_dir, kept))
+                require_same(backend, f"data in {run_dir}", data.identity)
                 if options.document_mask:
                     backend.keep_within_documents(data.tokenizer.eot_id)
                 return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _closing(backend: Backend) -> Iterator[None]:
+    """Closes the backend; one of several processes only where all come so far: the others are waited for."""
+    try:
+        yield
+    except BaseException:
+        if backend.processes.count == 1:
+            backend.close()
+        raise
+    backend.close()
+
+
+def _open_data(backend: Backend, options: Options, run_dir: Path, kept: bool) -> Data:
+    """The run's data, new or gone on with; as another process has `kept` them."""
+    resume = kept or bool(own_checkpoints(backend, run_dir, options.resume_from))
+    if options.resume_from and not resume:
+        other = locate(options.resume_from).run
+        resume = other is not None and take_along(other, run_dir)
+    return open_data(options.data, run_dir, resume)
 
 
 def settle(

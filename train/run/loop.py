@@ -21,7 +21,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,12 @@ from train.run.measures import step_measures
 from train.run.options import Options
 from train.run.overview import overview, phase_line, require_disk
 from train.run.progress import Progress
-from train.run.runlog import RunLog, heard
+from train.run.runlog import RunLog, SilentLog, heard
 from train.run.saving import Saver
 from train.run.scoring import score
 from train.run.signals import CLOSED_PIPE, Stop, StopSignals
 from train.run.spikes import ROLLBACKS, diverged, good_step, in_words, roll_back
+from train.run.together import Together, require_same
 from train.run.tracing import Tracing
 from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
@@ -87,7 +88,9 @@ class Run:
         self.options = options
         self.clock = Clock(options, started)
         self.automatic = automatic
-        self.signals = StopSignals()
+        self.writes = backend.processes.writes
+        self.signals = StopSignals(self.writes)
+        self.together = Together(backend, self.signals, self.clock)
         self.run_dir = run_dir
         self.backend = backend
         self.saver = Saver(backend, run_dir, options.keep_checkpoints, self.spared)
@@ -111,17 +114,19 @@ class Run:
             print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}.")
             return COMPLETE
 
-        with RunLog(self.run_dir, self.step, self.options, self.progress.owed) as self.log, self.signals as signals:
+        with self.open_log() as self.log, self.signals:
             for message in before_the_log:
                 self.log.warn(message)
             self.introduce(origin)
             if self.options.find_lr and self.step == 0:
-                self.adopt_learning_rate(signals)
-                if signals.received:
-                    return 128 + signals.received
+                self.adopt_learning_rate()
+                if self.together.stop_number:
+                    return 128 + self.together.stop_number
             try:
-                tracing = Tracing(self.backend, self.run_dir / "profile", self.options.profiled(), self.log.say)
-                with closing(self.data.batches(self.progress.cursor)) as batches, tracing:
+                traced = self.options.profiled() if self.writes else range(0)
+                tracing = Tracing(self.backend, self.run_dir / "profile", traced, self.log.say)
+                with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
+                    batches = self.together.ahead(stream)
                     self.log.show_progress(self.step)
                     self.pay_what_is_owed()
                     while not self.finished:
@@ -134,6 +139,7 @@ class Run:
                         if self.due(self.options.sample_interval):
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
+                        self.together.agree(self.log.unread)
                         # Last: a run that goes on from this checkpoint says nothing of the step again.
                         if self.save_due:
                             self.save()
@@ -141,14 +147,16 @@ class Run:
                             return self.stop_diverged()
                         if self.progress.rollbacks > ROLLBACKS and not self.finished:
                             return self.stop_spiking()
-                        if self.log.unread:
+                        if self.together.wishes.unread:
                             return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
-                        if signals.received and not self.finished:
-                            return self.stop_interrupted(signals.received)
-                        if self.clock.is_up and not self.finished:
+                        if self.together.stop_number and not self.finished:
+                            return self.stop_interrupted(self.together.stop_number)
+                        if self.together.wishes.no_data and not self.finished:
+                            return self.stop_without_data(self.together.data_error)
+                        if self.together.wishes.time_is_up and not self.finished:
                             return self.stop_in_time()
             except Stop:
-                return self.stop_interrupted(signals.received)
+                return self.stop_interrupted(self.together.stop_number)
             except DataError as error:
                 return self.stop_without_data(error)
             except UserError:
@@ -156,6 +164,11 @@ class Run:
                     self.log.end(self.step, "failed")
                 raise
             return self.finish()
+
+    def open_log(self) -> RunLog:
+        if not self.writes:
+            return SilentLog()
+        return RunLog(self.run_dir, self.step, self.options, self.progress.owed)
 
     @property
     def step(self) -> int:
@@ -173,7 +186,7 @@ class Run:
     @property
     def save_due(self) -> bool:
         ends_a_phase = self.step in (self.options.steps, self.options.stable_steps)
-        return self.due(self.options.checkpoint_interval) or self.clock.save_due or ends_a_phase or self.finished
+        return self.due(self.options.checkpoint_interval) or self.together.wishes.save or ends_a_phase or self.finished
 
     def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -191,6 +204,7 @@ class Run:
     def begin(self) -> str:
         """Put weights, optimizer and progress where the run starts; returns in words where that is."""
         own = own_checkpoints(self.backend, self.run_dir, self.options.resume_from)
+        require_same(self.backend, f"checkpoints in {self.run_dir}", [path.name for _, path in own])
         if own and self.options.resume_from:
             refuse_to_go_back(self.options.resume_from, own)
         if own or self.options.resume_from:
@@ -216,6 +230,8 @@ class Run:
 
     def introduce(self, origin: str) -> None:
         """Say what will be trained, on what and where, and how much disk the checkpoints take."""
+        if not self.writes:
+            return
         require_disk(self.options, self.run_dir)
         self._write_settings()
         for change in self.changes:
@@ -231,13 +247,14 @@ class Run:
         if self.step < self.options.total_steps:
             self.log.say(phase_line(self.options, self.step))
 
-    def adopt_learning_rate(self, signals: StopSignals) -> None:
+    def adopt_learning_rate(self) -> None:
         """Sweep the learning rate from where the run stands, and use the rate that is suggested."""
-        picture = self.run_dir / "lr_finder.png"
-        rate = find_learning_rate(self.backend, self.data, picture, self.log.say, lambda: bool(signals.received))
+        picture = self.run_dir / "lr_finder.png" if self.writes else None
+        rate = find_learning_rate(self.backend, self.data, picture, self.log.say, self.together.interrupted)
         if rate is not None:
             self._use_learning_rate(rate)
-            self._write_settings()
+            if self.writes:
+                self._write_settings()
 
     def _use_learning_rate(self, rate: float) -> None:
         self.options = dataclasses.replace(self.options, learning_rate=rate)
@@ -249,7 +266,7 @@ class Run:
         """Take the next batch, update the weights, and take note of the step: on a device that runs ahead of the host,
         while it is at the next step."""
         started = time.perf_counter()
-        with self.signals.interruptible():
+        with self.signals.interruptible() if self.together.alone else nullcontext():
             batch = next(batches)
         waited = time.perf_counter() - started
         result = self.backend.begin_step(batch.inputs, batch.targets)
@@ -332,9 +349,9 @@ class Run:
             del self.progress.owed[0]
 
     def heed_signals(self, *_: object) -> None:
-        """Raises `Stop` if a signal has come, unless the run is at its end anyway."""
-        if self.step < self.options.total_steps:
-            self.signals.check()
+        """Raises `Stop` if a signal has come to any process, unless the run is at its end anyway."""
+        if self.together.interrupted() and self.step < self.options.total_steps:
+            raise Stop
 
     def validate(self) -> None:
         """Loss on the held-out rows and on each validation dataset; keep the state if it is the best so far by the
@@ -397,7 +414,13 @@ class Run:
         room = positions - len(prompt)
         sampling = self.options.sampling(tokenizer.eot_id)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        tokens = self.backend.generate(prompt, sampling, self.options.seed + self.step, self.heed_signals)
+        seed = self.options.seed + self.step
+        if self.together.alone:
+            tokens = self.backend.generate(prompt, sampling, seed, self.heed_signals)
+        else:
+            # Only the one that writes is at work: it asks the others when it has done.
+            tokens = self.backend.generate(prompt, sampling, seed)
+            self.heed_signals()
         self.log.sample(self.step, self.options.prompt, tokenizer.decode(tokens))
 
     # ------------------------------------------------------------------------------------------------- endings
@@ -460,17 +483,18 @@ class Run:
         )
         return FAILED
 
-    def stop_without_data(self, error: DataError) -> int:
+    def stop_without_data(self, error: DataError | None) -> int:
         if self.step:
             self.save()
-        self._end("data error", f"Stopped at step {self.step}: {error}")
+        why = error or "another process cannot read its data, and says why"
+        self._end("data error", f"Stopped at step {self.step}: {why}")
         return FAILED
 
     def _end(self, state: str, message: str) -> None:
         self.saver.settle(self.log.say)
         self.log.end(self.step, state)
         self.log.say(message)
-        if self.step:
+        if self.step and self.writes:
             with write_errors(picture := self.run_dir / "plot.png"):
                 plot_runs([self.run_dir], picture)
             self.log.say(f"Curves drawn to: {picture}")

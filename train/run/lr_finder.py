@@ -36,10 +36,10 @@ class Sweep:
 
 
 def find_learning_rate(
-    backend: Backend, data: Data, picture: Path, say: Callable[[str], None], interrupted: Callable[[], bool]
+    backend: Backend, data: Data, picture: Path | None, say: Callable[[str], None], interrupted: Callable[[], bool]
 ) -> float | None:
-    """Sweep over the first batches of `data`, draw loss against rate into `picture`, and return the suggested rate;
-    None if `interrupted`.
+    """Sweep over the first batches of `data`, draw loss against rate into `picture`, if there is to be one, and return
+    the suggested rate; None if `interrupted`.
 
     The backend's whole state is afterwards what it was; its schedule is not, the caller sets it. The batches are
     read by an iterator of their own, so no position moves. Raises `UserError` if the loss never falls.
@@ -53,7 +53,8 @@ def find_learning_rate(
     if interrupted():
         return None
     rate = suggestion(rates, losses)
-    draw(rates, losses, rate, picture)
+    if picture:
+        draw(rates, losses, rate, picture)
     say(f"Learning-rate finder: suggests --learning-rate {rate:g}, used from here on; the sweep is drawn in {picture}")
     return rate
 

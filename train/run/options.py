@@ -47,6 +47,12 @@ class RunOptions:
     """Before the first step, sweep learning rates, draw lr_finder.png, and train at the rate found."""
     seed: int = trajectory(0)
     """Seed of initial weights, data order and samples."""
+    processes: int | None = None
+    """How many processes train together (docs/cluster.md). Default: as the launcher says, which is one without any."""
+    process_id: int | None = None
+    """Number of this process among them, from 0, which alone writes the run folder. Default: as the launcher says."""
+    coordinator: str | None = None
+    """Address of process 0, HOST:PORT, at which processes find each other. Default: as the launcher says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +234,7 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             "needs validation: --eval-interval, --validation-rows and --validation-fraction above 0",
         )
 
+        self._require_processes()
         self._require(
             self.batch_size % (self.rows_per_pass * self.devices) == 0,
             "batch_size",
@@ -238,6 +245,18 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         self._require(
             experts % self.mesh_shape[2] == 0, "mesh", f"expert must be a divisor of --n-routed-experts {experts}"
         )
+
+    def _require_processes(self) -> None:
+        given = self.processes, self.process_id, self.coordinator
+        if given == (None, None, None) or given == (1, None, None):
+            return
+        together = "--processes N, --process-id K and --coordinator HOST:PORT are given together"
+        self._require(None not in given, next(name for name in PROCESS if getattr(self, name) is not None), together)
+        self._require(self.processes >= 1, "processes", "must be at least 1")
+        last = self.processes - 1
+        self._require(0 <= self.process_id <= last, "process_id", f"must be from 0 to {last}, below --processes")
+        valid = re.fullmatch(r".+:\d{1,5}", self.coordinator)
+        self._require(valid is not None, "coordinator", "must be HOST:PORT, of the machine of process 0")
 
     @property
     def validates(self) -> bool:
@@ -367,6 +386,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 SETTING = {"rows_per_pass": "micro_batch_size", "tokens_per_chunk": "loss_chunk"}
 """The settings behind what is checked."""
 MESH_AXES = ("data", "fsdp", "expert")
+PROCESS = ("processes", "process_id", "coordinator")
+"""Settings by which several processes find each other."""
 
 SECTIONS = Options.__bases__
 REPEATED = tuple(name for name, hint in get_type_hints(Options, include_extras=True).items() if hint == Repeated)

@@ -179,6 +179,26 @@ class RunLog:
             self._wandb.log({"trainer/step": values["step"], **scalars})
 
 
+class SilentLog(RunLog):
+    """Of a process that does not write: nothing is said anywhere."""
+
+    def __init__(self) -> None:
+        self.unread = False
+        self._bar = None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str = "") -> None:
+        pass
+
+    def show_progress(self, step: int) -> None:
+        pass
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        pass
+
+
 class PatientConsole(Console):
     """rich ends the process when its reader goes away; here the run is saved first."""
 

@@ -24,7 +24,8 @@ class StopSignals:
     finished and saved; in an `interruptible` block they end it at once. A second one ends the process, by a
     `KeyboardInterrupt` with its number."""
 
-    def __init__(self) -> None:
+    def __init__(self, says_so: bool = True) -> None:
+        self._says_so = says_so
         self.received: int | None = None
         self._former: dict[int, Any] = {}
         self._interruptible = False
@@ -60,7 +61,8 @@ class StopSignals:
         self.received = number
         try:
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+            if self._says_so:
+                os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
         except OSError:
             pass  # the terminal is gone
         if self._interruptible:

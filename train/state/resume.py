@@ -69,7 +69,7 @@ def restore_newest(
         except DamagedCheckpoint as error:
             damaged[path] = error
             continue
-        for skipped, error in damaged.items():
+        for skipped, error in damaged.items() if backend.processes.writes else ():
             aside = unused_name(skipped.with_name(skipped.name + DAMAGED))
             log.warning("%s; it is now %s", error.args[0].rpartition(";")[0], aside.name)
             skipped.rename(aside)
