@@ -11,7 +11,7 @@ Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -20,32 +20,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
 from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, sent_to_host, trace
 from torch_ref.model import Model, objective
 from torch_ref.moe import MoE, updated_balance_bias
+from torch_ref.processes import agree
 from torch_ref.self_check import compile_checked, fused_adamw, self_checked
+from torch_ref.sharding import make_mesh, own_part, part_of, shard_model, spread, sum_over, whole
 from torch_ref.spec.checkpoint import make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
 from torch_ref.spec.parameters import initial_values, parameter_table
-from torch_ref.spec.processes import ALONE, agree_alone
+from torch_ref.spec.processes import ALONE, Processes, agree_alone
 from torch_ref.spec.training_state import LazyArrays, require_config, require_state, split_batch
 
 
 class TorchBackend:
-    """The `Backend` of torch, on one device. State is unset until `init`, `restore` or `load_state`.
+    """The `Backend` of torch, on one device, or on one of each of the processes that `compute.mesh` is over. State is
+    unset until `init`, `restore` or `load_state`.
 
     Raises `UserError` for a device, dtype or computation path that is not available.
     """
 
     framework = "torch"
-    processes = ALONE
-    agree = staticmethod(agree_alone)
     checkpoint_suffix = SUFFIX
 
     def __init__(
@@ -54,13 +56,23 @@ class TorchBackend:
         self._device = resolve_device(device)
         self.model_config = model_config
         self.compute = resolve_compute(compute, self._device)
+        self.processes = Processes(dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else ALONE
+        self._mesh = make_mesh(self.processes, self.compute.mesh, self._device)
         self.optimizer_config = optimizer
         if self.compute.remat != "off" and self._device.type == "cpu":
             return_freed_blocks()
-        self.model = Model(model_config, self._device, getattr(torch, self.compute.param_dtype))
+        self._is_split = self.compute.mesh[1] > 1
+        dtype = getattr(torch, self.compute.param_dtype)
+        self.model = Model(model_config, "meta" if self._is_split else self._device, dtype)
+        if self._is_split:
+            shard_model(self.model, self._mesh, self._device)
         self._table = parameter_table(model_config)
         self._tensors = self.model.state_dict(keep_vars=True)
         self._trainable = {row.name: self._tensors[row.name] for row in self._table if row.trainable}
+        if self._is_split:  # the optimizer's own names for the parts
+            self._trainable = {
+                name: nn.Parameter(own_part(tensor.detach())) for name, tensor in self._trainable.items()
+            }
         self._optimizer = self._make_optimizer()
         self._steps = 0
         self._compile_unchecked = self.compute.compile == "on"
@@ -69,8 +81,8 @@ class TorchBackend:
     def _make_optimizer(self) -> torch.optim.AdamW:
         config, rows = self.optimizer_config, [row for row in self._table if row.trainable]
         groups = [
-            {"params": [self._tensors[row.name] for row in rows if row.decay], "weight_decay": config.weight_decay},
-            {"params": [self._tensors[row.name] for row in rows if not row.decay], "weight_decay": 0.0},
+            {"params": [self._trainable[row.name] for row in rows if row.decay], "weight_decay": config.weight_decay},
+            {"params": [self._trainable[row.name] for row in rows if not row.decay], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
             groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused_adamw(self._device), foreach=False
@@ -87,7 +99,7 @@ class TorchBackend:
 
     @property
     def device(self) -> str:
-        return describe(self._device)
+        return describe(self._device, self.compute.mesh)
 
     @property
     def peak_memory(self) -> int | None:
@@ -108,6 +120,14 @@ class TorchBackend:
     def _moment(self, key: str) -> dict[str, Tensor]:
         return {name: self._optimizer.state[parameter][key] for name, parameter in self._trainable.items()}
 
+    @property
+    def _rows_per_pass(self) -> int:
+        """Rows of one micro-batch, over all processes."""
+        return self.optimizer_config.micro_batch_size * self.processes.count
+
+    def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:
+        return agree_alone(wishes) if self.processes.count == 1 else agree(wishes)
+
     def init(self, seed: int) -> None:
         self.model.load_values(initial_values(self.model_config, seed))
         self._set_moments(None, None)
@@ -120,7 +140,7 @@ class TorchBackend:
                 if values is None:
                     moment.zero_()
                 else:
-                    moment.copy_(torch.as_tensor(values[name]))
+                    moment.copy_(part_of(torch.as_tensor(values[name]), self._tensors[name]))
 
     def _set_counters(self, steps: int, updates: int) -> None:
         self._steps = steps
@@ -131,18 +151,25 @@ class TorchBackend:
         config = self.optimizer_config
         rate = float(config.schedule(self._steps))
         tokens, rows = int((targets != IGNORE).sum()), len(inputs)
-        batch = self._put(np.stack(split_batch(inputs, targets, config.micro_batch_size)))
+        batch = np.stack(split_batch(inputs, targets, self._rows_per_pass))
+        batch = self._put(batch[:, :, self.processes.rows(self._rows_per_pass)])
         if self._compile_unchecked:
             self.compute, self._compile_unchecked = compile_checked(self.compute, self.model, batch[0, 0]), False
         loss = balance = counts = 0
-        for micro_inputs, micro_targets in batch.unbind(1):
+        for number, (micro_inputs, micro_targets) in enumerate(batch.unbind(1), 1):
+            if self._is_split:  # gradients of micro-batches are summed here first, and then over processes
+                self.model.set_requires_gradient_sync(number == batch.shape[1])
             total, parts = objective(self.model, micro_inputs, micro_targets, self.compute, tokens, rows)
             total.backward()
             loss, balance = loss + parts.loss_sum, balance + parts.balance_sum
             counts = counts + parts.expert_counts
 
+        if self._is_split:
+            for name, parameter in self._trainable.items():
+                parameter.grad = own_part(self._tensors[name].grad)
         gradients = [parameter.grad for parameter in self._trainable.values()]
-        norm = global_norm(gradients)
+        loss, balance, counts = self._sum_over_processes(gradients, loss, balance, counts)
+        norm = self._global_norm(gradients)
         report = torch.stack([loss / tokens, balance / rows, norm])
         if self.runs_ahead:
             self._update_unasked(gradients, report, rate, counts)
@@ -154,6 +181,7 @@ class TorchBackend:
                 self._update(gradients, known[2], rate, counts)
             told = partial(list, known)
         self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self._steps += 1
 
         def result() -> StepResult:
@@ -167,6 +195,25 @@ class TorchBackend:
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
         return self.begin_step(inputs, targets)()
+
+    def _sum_over_processes(
+        self, gradients: list[Tensor], loss: Tensor, balance: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients, once a step, over the copies of the same parts; what a step reports, over all processes."""
+        if self.processes.count == 1:
+            return loss, balance, counts
+        sum_over(gradients, self._mesh.data)
+        report = torch.cat((torch.stack([loss, balance]).double(), counts.flatten()))
+        sum_over([report], dist.group.WORLD)
+        return report[0].to(loss.dtype), report[1].to(balance.dtype), report[2:].to(counts.dtype).view_as(counts)
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        norm = global_norm(gradients)
+        if not self._is_split:
+            return norm
+        square = norm.square()
+        sum_over([square], self._mesh.fsdp.get_group())
+        return square.sqrt()
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], grad_norm: float, rate: float, counts: Tensor) -> None:
@@ -210,10 +257,13 @@ class TorchBackend:
     @torch.no_grad()
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         total = 0.0
-        rows = self.optimizer_config.micro_batch_size
-        for micro_inputs, micro_targets in zip(*split_batch(inputs, targets, rows, pad=True), strict=True):
-            _, parts = objective(self.model, self._put(micro_inputs), self._put(micro_targets), self.compute, 1, 1)
+        own = self.processes.rows(self._rows_per_pass)
+        for micro in zip(*split_batch(inputs, targets, self._rows_per_pass, pad=True), strict=True):
+            _, parts = objective(self.model, *(self._put(each[own]) for each in micro), self.compute, 1, 1)
+            sum_over([parts.loss_sum], dist.group.WORLD if self.processes.count > 1 else None)
             total += float(parts.loss_sum)
+        if self._is_split:
+            self.model.reshard()
         return total, int((targets != IGNORE).sum())
 
     def generate(
@@ -221,20 +271,54 @@ class TorchBackend:
     ) -> list[int]:
         from torch_ref.generate import generate
 
-        return generate(self.model, [prompt], sampling, seed, self.compute, on_token)[0]
+        model = self._whole_model()
+        return generate(model, [prompt], sampling, seed, self.compute, on_token)[0] if self.processes.writes else []
+
+    @torch.no_grad()
+    def _whole_model(self) -> Model:
+        """The model; put together, if it is split, in a copy for the process that writes."""
+        if not self._is_split:
+            return self.model
+        dtype = getattr(torch, self.compute.param_dtype)
+        model = Model(self.model_config, self._device if self.processes.writes else "meta", dtype)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(whole(self._tensors[name].detach()))
+        return model
+
+    @property
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """What a step changes, beside the counters: of split tensors what this process has."""
+        weights = {name: own_part(tensor.detach()) for name, tensor in self._tensors.items()}
+        moments = {"first_moment": self._moment("exp_avg"), "second_moment": self._moment("exp_avg_sq")}
+        return {"weights": weights, **moments}
 
     @property
     def _state(self) -> dict[str, dict[str, Tensor]]:
-        """What a step changes and a checkpoint holds, beside the counters."""
-        weights = {name: tensor.detach() for name, tensor in self._tensors.items()}
-        moments = {"first_moment": self._moment("exp_avg"), "second_moment": self._moment("exp_avg_sq")}
-        return {"weights": weights, **moments}
+        """The same as a checkpoint holds it: tensors of whole shapes, split as they may be."""
+        return {
+            group: {name: spread(part, self._tensors[name].detach()) for name, part in parts.items()}
+            for group, parts in self._parts.items()
+        }
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         contents = make_contents(self.framework, self.model_config, self.steps_done, self._updates, meta)
         path = Path(folder) / f"{name}{self.checkpoint_suffix}"
-        self._checkpoints.save(path, self._state, contents)
+        state = self._state
+        if self._is_split:
+            state = {group: self._gathered(tensors) for group, tensors in state.items()}
+        if self.processes.writes:
+            self._checkpoints.save(path, state, contents)
+        self.agree([0])()  # then it is there for all of them
         return path
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors in the memory of the host, of the process that writes."""
+        together = {}
+        for name, tensor in tensors.items():
+            put_together = whole(tensor)
+            if self.processes.writes:
+                together[name] = put_together.cpu()
+        return together
 
     def trace(self, folder: Path) -> AbstractContextManager[None]:
         return trace(folder, self._device)
@@ -261,21 +345,25 @@ class TorchBackend:
     @torch.no_grad()
     def _load(self, weights: Mapping[str, Any], first: Mapping | None, second: Mapping | None) -> None:
         for name, tensor in self._tensors.items():
-            tensor.copy_(torch.as_tensor(weights[name]))
+            own_part(tensor).copy_(part_of(torch.as_tensor(weights[name]), tensor))
         self._set_moments(first, second)
 
     def delete(self, path: Path) -> None:
-        self._checkpoints.delete(path)
+        if self.processes.writes:
+            self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
-        groups = self._state.values()
+        groups = self._parts.values()
         require_host_memory(sum(tensor.nbytes for group in groups for tensor in group.values()), "a copy of the state")
         host = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in group.items()} for group in groups]
         return host, self._steps, self._updates
 
+    @torch.no_grad()
     def rollback(self, snapshot: Any) -> None:
         host, steps, updates = snapshot
-        self._load(*host)
+        for parts, kept in zip(self._parts.values(), host, strict=True):
+            for name, tensor in parts.items():
+                tensor.copy_(kept[name])
         self._set_counters(steps, updates)
 
     def keep_within_documents(self, separator: int) -> None:
@@ -315,4 +403,4 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> LazyArrays:
-    return LazyArrays(tensors, lambda name: tensors[name].detach().to("cpu", copy=True).numpy())
+    return LazyArrays(tensors, lambda name: whole(tensors[name].detach()).to("cpu", copy=True).numpy())

@@ -8,8 +8,9 @@ Twins: `torch_ref/device.py`, `flax_model/device.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch_ref.attention import ATTENTION_PATHS
 from torch_ref.moe import EXPERT_PATHS
 from torch_ref.self_check import self_checked
+from torch_ref.sharding import mesh_words
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available, process_peak
@@ -42,13 +44,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, shape: Sequence[int] = (1, 1, 1)) -> str:
     """The device in words, for the log."""
+    name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        name = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     if device.type == "mps":
-        return f"Apple MPS, torch {torch.__version__}"
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}"
+        name = f"Apple MPS, torch {torch.__version__}"
+    processes = math.prod(shape)
+    return name if processes == 1 else f"{processes} x {name}, mesh {mesh_words(shape)}, {processes} processes"
 
 
 def default_dtype(device: torch.device) -> str:
@@ -115,6 +119,11 @@ def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConf
     for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
         if path not in paths:
             raise UserError(f"--{option} {path}: torch has {', '.join(paths)}")
-    compiled = ("on" if device.type == "cuda" else "off") if compute.compile == "auto" else compute.compile
+    split = compute.mesh[1] > 1
+    if split and compute.compile == "on":
+        raise UserError(f"--compile on: layers that --mesh {mesh_words(compute.mesh)} splits run uncompiled; use off")
+    compiled = (
+        ("on" if device.type == "cuda" and not split else "off") if compute.compile == "auto" else compute.compile
+    )
     compute = dataclasses.replace(compute, attention=attention, moe=moe, compile=compiled)
     return compute if device.type == "cpu" else self_checked(compute, device)

@@ -26,6 +26,7 @@ from torch_ref.layers import RMSNorm, SwiGLU, wide, wide_product
 from torch_ref.loss import cross_entropy
 from torch_ref.moe import MoE, MoEOutput
 from torch_ref.rotary import Rope, make_rope
+from torch_ref.sharding import own_part, part_of
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.parameters import Parameter
 
@@ -107,7 +108,8 @@ class Model(nn.Module):
         """Set every tensor, from `parameters.initial_values` or an import. Raises KeyError on an unknown name."""
         tensors = dict(self.state_dict(keep_vars=True))
         for row, value in values:
-            tensors.pop(row.name).copy_(torch.from_numpy(np.ascontiguousarray(value)))
+            tensor = tensors.pop(row.name)
+            own_part(tensor).copy_(part_of(torch.from_numpy(np.ascontiguousarray(value)), tensor))
         assert not tensors, f"no value for {sorted(tensors)}"
         return self
 

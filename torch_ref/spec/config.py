@@ -201,8 +201,8 @@ class ComputeConfig:
     loss_chunk: int = 512
     """Tokens whose logits exist at once."""
     mesh: tuple[int, int, int] = (1, 1, 1)
-    """Flax only: over how many devices the batch, the weights (`fsdp`) and the experts are spread, on top of each
-    other (`flax_model/sharding.py`)."""
+    """Over how many devices, or in torch processes, the batch, the weights (`fsdp`) and in Flax the experts are spread,
+    on top of each other (`sharding.py`)."""
     compile: str = "auto"
     """Torch only: whether training runs its layers through `torch.compile`. `on`, `off`; `auto` is on for CUDA."""
     separator: int | None = None

@@ -1,0 +1,35 @@
+"""How one of several processes ends in an error: with a line, and at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch_ref.spec.config import SpecificationError
+from torch_ref.spec.interface import UserError
+from torch_ref.spec.processes import ALONE, Processes
+from torch_ref.spec.storage import first_line
+
+ENDED = "{} has ended or cannot be reached, so this one ends too; the same command goes on from the latest checkpoint"
+
+
+def leave(error: BaseException, processes: Processes = ALONE, lost: Sequence[str] = ()) -> NoReturn:
+    """Say what is wrong, and end without a word to the others, which what is usually tidied up would wait for. `lost`
+    are words in errors that tell of another process."""
+    code, place = 2, "" if processes.writes else f"process {processes.index}: "
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted; what was not saved is lost.", file=sys.stderr)
+        code = 128 + error.args[0] if error.args else 130
+    elif isinstance(error, UserError | SpecificationError):
+        print(f"error: {place}{error}", file=sys.stderr)
+    elif any(word.lower() in str(error).lower() for word in lost):
+        print(f"error: {ENDED.format('another process')} ({first_line(error)})", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
