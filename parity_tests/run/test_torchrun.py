@@ -1,0 +1,200 @@
+"""Several processes of torch train as one does: the same losses, as copies or split by FSDP2, stopped together,
+restarted with another number of them, and faults of communication show."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torchrun is torch's")
+
+import torch
+
+from parity_tests.support.processes import Started, differences, free_port, settings, started
+from train.run.runlog import read_metrics
+
+BOUND = 1e-10
+LOST = "has ended or cannot be reached"
+MAIN = "import sys; from torch_ref.train import main; from torch_ref.processes import end; end(main()); sys.exit(0)"
+
+
+def several(folder: Path, count: int, *argv: str, program: str = MAIN, name: str = "run"):
+    """Processes of one run, with what torchrun tells each of them."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return started(
+        folder / "settings.toml",
+        folder / name,
+        count,
+        1,
+        *argv,
+        program=program,
+        environment=lambda number: {**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    from torch_ref.train import main
+
+    folder = tmp_path_factory.mktemp("torchrun")
+    config = settings(folder)
+    assert main(["--config", str(config), "--run-dir", str(folder / "straight")]) == 0
+    return folder / "straight"
+
+
+@pytest.fixture
+def folder(straight: Path, tmp_path: Path) -> Path:
+    (tmp_path / "settings.toml").write_bytes((straight.parent / "settings.toml").read_bytes())
+    return tmp_path
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    worst = differences(run_dir, other)
+    assert len(worst) == 4 and max(worst.values()) < BOUND, worst
+    ours, theirs = (torch.load(each / "deepseek_final.pt", weights_only=True) for each in (run_dir, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=BOUND * float(theirs[name].abs().max()))
+
+
+def test_two_processes_are_stopped_and_killed_and_others_go_on(folder: Path, straight: Path) -> None:
+    """Split, as copies, and alone, each from the checkpoint of the one before."""
+    with several(folder, 2) as run:
+        run.wait_for_step(3)
+        run.processes[1].send_signal(signal.SIGTERM)  # only to one that does not write
+        assert run.codes() == [143, 143], run.said(0) + run.said(1)
+        assert run.said(1) == "", "only process 0 says anything"
+        assert "Stopped by SIGTERM after step" in run.said(0) and "mesh data=1,fsdp=2, 2 processes" in run.said(0)
+    with several(folder, 2, "--mesh", "data=2") as run:
+        run.wait_for_step(8)
+        run.processes[1].kill()
+        assert run.codes(60)[0] not in (0, None), run.said(0)
+        assert run.said(0).splitlines()[-1].startswith("error: ") and run.said(0).count(LOST) == 1
+        assert "Traceback" not in run.said(0)
+    from torch_ref.train import main
+
+    assert main(["--config", str(folder / "settings.toml"), "--run-dir", str(folder / "run")]) == 0
+    assert_same_run(folder / "run", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), [(4, "auto"), (4, "data=2,fsdp=2"), (4, "data=4"), (2, "fsdp=2")])
+@pytest.mark.parametrize("flags", [(), ("--remat", "layers", "--document-mask")], ids=["plain", "remat, documents"])
+def test_every_mesh_gives_the_run_of_one(folder: Path, straight: Path, count: int, mesh: str, flags: tuple) -> None:
+    if flags:
+        from torch_ref.train import main
+
+        straight = folder / "straight"
+        assert main(["--config", str(folder / "settings.toml"), "--run-dir", str(straight), *flags]) == 0
+    with several(folder, count, "--mesh", mesh, *flags) as run:
+        assert run.codes(300) == [0] * count, run.said(0)
+        assert all(run.said(number) == "" for number in range(1, count))
+    assert_same_run(run.run_dir, straight)
+
+
+@pytest.mark.slow
+def test_torchrun_itself(folder: Path, straight: Path) -> None:
+    """As a user starts it; Ctrl-C to torchrun stops all with a checkpoint, and the same command goes on."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command += ["-m", "torch_ref.train", "--config", str(folder / "settings.toml"), "--run-dir", str(folder / "run")]
+    run = Started.__new__(Started)
+    run.run_dir, run.outputs = folder / "run", [folder / "out"]
+    for first in (True, False):
+        with open(folder / "out", "wb") as output:
+            run.processes = [
+                subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2])
+            ]
+        if first:
+            run.wait_for_step(4)
+            run.processes[0].send_signal(signal.SIGINT)
+            assert run.processes[0].wait(120) != 0
+            assert "Stopped by SIGINT after step" in run.said(0), run.said(0)
+    assert run.processes[0].wait(120) == 0, run.said(0)
+    assert_same_run(folder / "run", straight)
+
+
+FAULTS = {
+    "gradients averaged": "sharding.FSDPModule.set_gradient_divide_factor = lambda module, factor: None",
+    "gradients of copies not summed": "backend.sum_over = lambda tensors, group: None",
+    "every process trains on all rows": "backend.Processes.rows = lambda self, total: slice(0, total // self.count)",
+    "norm of one process's parts": "backend.TorchBackend._global_norm = lambda self, g: backend.global_norm(g)",
+}
+
+
+@pytest.mark.parametrize(
+    "fault", ["gradients averaged", *[pytest.param(name, marks=pytest.mark.slow) for name in list(FAULTS)[1:]]]
+)
+def test_a_fault_of_communication_shows(folder: Path, straight: Path, fault: str) -> None:
+    program = f"from torch_ref import backend, sharding; {FAULTS[fault]}; {MAIN}"
+    mesh = "data=2" if "copies" in fault else "fsdp=2"
+    with several(folder, 2, "--mesh", mesh, "--steps", "2", "--extended-steps", "0", program=program) as run:
+        assert run.codes() == [0, 0], run.said(0)
+    ours, theirs = ([r for r in read_metrics(each) if r["kind"] == "step"][:2] for each in (run.run_dir, straight))
+    assert any(
+        abs(one[name] / two[name] - 1) > 1e-4
+        for one, two in zip(ours, theirs, strict=True)
+        for name in ("loss", "grad_norm")
+    )
+
+
+@pytest.mark.slow
+def test_others_end_with_a_process_that_is_killed(folder: Path) -> None:
+    with several(folder, 2, "--steps", "10000", "--allow-changed-settings") as run:
+        run.wait_for_step(5)
+        run.processes[0].kill()
+        assert run.processes[1].wait(60) == 2
+        assert run.said(1).startswith("error: another process ") and run.said(1).count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_goes_on_in_flax(folder: Path, straight: Path) -> None:
+    jax = pytest.importorskip("jax")
+    from train.flax_main import main
+
+    with several(folder, 2, "--steps", "6", "--extended-steps", "0") as run:
+        assert run.codes() == [0, 0], run.said(0)
+    argv = ["--config", str(folder / "settings.toml"), "--run-dir", str(folder / "flax"), "--mesh", "fsdp=1"]
+    try:
+        assert main([*argv, "--resume-from", str(run.run_dir / "checkpoints/step_3.pt")]) == 0
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    ours, theirs = (
+        {r["step"]: r["loss"] for r in read_metrics(each) if r["kind"] == "step"}
+        for each in (folder / "flax", straight)
+    )
+    assert list(ours) == list(range(4, 13))
+    np.testing.assert_allclose(list(ours.values()), [theirs[step] for step in ours], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["--mesh", "data=2"],
+            "--mesh data=2,fsdp=1: takes 2 processes, and there are 1; start torchrun --nproc-per-node 2",
+        ),
+        (["--mesh", "expert=2"], "--mesh data=1,fsdp=1,expert=2: torch has data and fsdp; Flax alone spreads experts"),
+        (["--processes", "2", "--process-id", "0", "--coordinator", "a:1"], "--processes 2: is Flax's; here processes"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    from torch_ref.train import main
+
+    assert main(["--config", str(folder / "settings.toml"), "--run-dir", str(folder / "run"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
