@@ -15,6 +15,7 @@ RUNTIME = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\w+)\.\w+:\d+\] (.*
 """A line of the runtime's own log: the file, and what it says."""
 SERVICE = ("coordination_service", "coordination_service_agent", "client", "preemption_sync_manager")
 """Files that tell of other processes."""
+# The words of torch_ref/spec/leaving.py.
 ENDED = "{} has ended or cannot be reached, so this one ends too; the same command goes on from the latest checkpoint"
 MISSING = (
     "not all processes have come, or process 0 is not where the others look for it: --coordinator HOST:PORT is an "

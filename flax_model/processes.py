@@ -10,20 +10,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_model.peer_errors import ENDED
-from torch_ref.spec.config import SpecificationError
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.leaving import leave
 from torch_ref.spec.processes import ALONE, Processes
 from torch_ref.spec.storage import first_line
 
@@ -66,30 +63,12 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
     except (ValueError, RuntimeError) as error:
         given = "as the launcher says" if count is None else f"--coordinator {coordinator} --processes {count}"
         mend = "; see docs/cluster.md for --coordinator HOST:PORT --processes N --process-id K"
-        _leave(UserError(f"{given}: the processes cannot be joined: {first_line(error)}{mend}"))
+        leave(UserError(f"{given}: the processes cannot be joined: {first_line(error)}{mend}"))
     try:
         yield processes
         jax.distributed.shutdown()
     except BaseException as error:
-        _leave(error, processes)
-
-
-def _leave(error: BaseException, processes: Processes = ALONE) -> NoReturn:
-    """Say what is wrong, and end without a word to the others."""
-    code, place = 2, "" if processes.writes else f"process {processes.index}: "
-    if isinstance(error, KeyboardInterrupt):
-        print("Interrupted; what was not saved is lost.", file=sys.stderr)
-        code = 128 + error.args[0] if error.args else 130
-    elif isinstance(error, UserError | SpecificationError):
-        print(f"error: {place}{error}", file=sys.stderr)
-    elif any(word in str(error) for word in LOST):
-        print(f"error: {ENDED.format('another process')} ({first_line(error)})", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+        leave(error, processes, LOST)
 
 
 def _filter_errors() -> None:

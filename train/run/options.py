@@ -62,7 +62,7 @@ class DeviceOptions:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute. auto: CUDA, then MPS (torch only), then the CPU."""
     mesh: str = "auto"
-    """How devices share the work in Flax, as in data=2,fsdp=4,expert=1. auto: all of them split the weights (fsdp)."""
+    """How devices share the work, as in data=2,fsdp=4,expert=1 (Flax alone: expert). auto: all split the weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
     """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
     attention: str = "auto"
