@@ -130,7 +130,7 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         (["--network-gbits", "0"], "--network-gbits 0: must be above 0"),
         (["--gpus", "1x1x3"], "--batch-size 8: must be a multiple"),
         (["--gpus", "1x1x8", "--mesh", "fsdp=4"], "--mesh fsdp=4: takes 4 devices, --gpus 1x1x8 are 8"),
-        (["--gpus", "1x1x8", "--framework", "torch"], "--framework torch --gpus 1x1x8: torch trains on one device"),
+        (["--gpus", "1x1x8", "--framework", "torch"], "--framework torch --gpus 1x1x8: for Flax alone"),
         (["--dtype", "float64"], "--dtype float64: no plan"),
         (["--batch-sise", "4"], "unknown option --batch-sise, did you mean --batch-size?"),
     ],

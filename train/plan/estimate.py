@@ -116,7 +116,7 @@ def make_plan(options: Options, card: Card, gpus: Gpus, framework: Framework, mf
     """Settle what is `auto` as training does on such a card. Raises `UserError` where settings and devices do not go
     together."""
     if framework == "torch" and gpus.count > 1:
-        raise UserError(f"--framework torch --gpus {gpus}: torch trains on one device; use --framework flax")
+        raise UserError(f"--framework torch --gpus {gpus}: for Flax alone; use --framework flax")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: must be above 0 and at most 1")
     if price is not None and price < 0:
