@@ -92,7 +92,7 @@ def _overlay(values: dict[str, Any], layer: dict[str, Any], source: str) -> dict
     model = values.get("model", ModelConfig())
     if "preset" in sizes:
         name = sizes.pop("preset")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise UserError(f"{source}: [model] preset {name!r}: there are {', '.join(PRESETS)}")
         model = PRESETS[name]
     try:

@@ -61,6 +61,9 @@ class Curves:
         steps = [record for record in records if record["kind"] == "step"]
         if not steps:
             raise UserError(f"{run_dir}: no step has been logged yet")
+        # A damaged line may have another shape.
+        shape = np.shape(steps[-1]["expert_counts"])
+        steps = [step for step in steps if np.shape(step["expert_counts"]) == shape]
         return cls(Path(run_dir).resolve().name, steps, validation_curves(records))
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:

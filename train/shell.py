@@ -35,7 +35,7 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
                 unicode_text(word, before if before and before.startswith("-") else "command line")
             return command(given)
         except (UserError, SpecificationError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", *str(error).splitlines(), file=sys.stderr)
             return FAILED
         except KeyboardInterrupt as stop:
             return 128 + stop.args[0] if stop.args else INTERRUPTED

@@ -166,7 +166,7 @@ def test_a_run_of_two_goes_on_in_flax(folder: Path, straight: Path) -> None:
     jax = pytest.importorskip("jax")
     from train.flax_main import main
 
-    with several(folder, 2, "--steps", "6", "--extended-steps", "0") as run:
+    with several(folder, 2) as run:
         assert run.codes() == [0, 0], run.said(0)
     argv = ["--config", str(folder / "settings.toml"), "--run-dir", str(folder / "flax"), "--mesh", "fsdp=1"]
     try:

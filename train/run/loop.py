@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend, StepResult, UserError
-from torch_ref.spec.storage import write_errors, write_whole
+from torch_ref.spec.storage import first_line, write_errors, write_whole
 from train.data.corpus import DataError
 from train.data.feed import HELD_OUT, Data
 from train.data.packing import Batch
@@ -219,12 +219,18 @@ class Run:
     def _restore(self, own: list[tuple[int, Path]]) -> Path:
         """Go on from the newest whole checkpoint of the run, or else the one that was asked for."""
         checkpoint, meta = restore_newest(self.backend, self.run_dir, own, self.options.resume_from)
-        if self.options.find_lr:
-            # The rate that was found when the run began.
-            self._use_learning_rate(meta["options"]["learning_rate"])
-        identity = self.data.identity
-        self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
-        self.progress = Progress(**meta["progress"])
+        try:
+            if self.options.find_lr:
+                # The rate that was found when the run began.
+                self._use_learning_rate(float(meta["options"]["learning_rate"]))
+            identity = self.data.identity
+            self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
+            self.progress = Progress.stored(meta["progress"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{checkpoint}: what it says of its run is not as this version writes it ({first_line(error)}); take "
+                "an earlier one, or its weights alone with --init-from"
+            ) from error
         self.saved_step = self.step if checkpoint in [path for _, path in own] else None
         return checkpoint
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -34,6 +36,19 @@ class Progress:
     owed: list[str] = field(default_factory=list)
     """What a signal kept from being done at this step, `validation` and `sample`: a resumed run begins with it."""
 
+    @classmethod
+    def stored(cls, values: dict) -> Progress:
+        """From a checkpoint. Raises ValueError naming a value that is unknown or of another kind."""
+        kinds = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in kinds:
+                raise ValueError(f"progress has a value {name!r} that this version does not know")
+            if not _is(value, kinds[name]):
+                raise ValueError(f"{name} {value!r} is no {kinds[name]}")
+        if unknown := set(values.get("owed", ())) - {"validation", "sample"}:
+            raise ValueError(f"{sorted(unknown)} are not known to be owed")
+        return cls(**values)
+
     def validated(self, step: int, loss: float, min_delta: float) -> bool:
         """Take note of a validation loss; True if it is the best. NaN never is."""
         better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss - min_delta)
@@ -42,3 +57,14 @@ class Progress:
         else:
             self.stale_validations += 1
         return better
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a kind, one of a field above."""
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(member, *get_args(kind)) for member in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -302,12 +303,26 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for _, record in records if record is not None]
 
 
+NUMBERS = {
+    "step": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "applied"),
+    "validation": ("loss",),
+}
+"""What a record of a kind has besides its step: numbers, or null."""
+
+
 def _record_of(line: bytes) -> dict[str, Any] | None:
     """One line of the metrics; None if it is no record."""
     try:
         record = json.loads(line)
-        complete = isinstance(record["step"], int) and isinstance(record["kind"], str)
-    except (ValueError, KeyError, TypeError):
+        kind = record["kind"]
+        complete = isinstance(record["step"], int) and isinstance(kind, str)
+        complete &= all(record[name] is None or isinstance(record[name], int | float) for name in NUMBERS.get(kind, ()))
+        if kind == "step":
+            shape = np.array(record["expert_counts"], float).shape
+            complete &= len(shape) == 2 or shape == (0,)  # [layers, experts], or a model without experts
+        if kind == "end":
+            complete &= isinstance(record["state"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return record if complete else None
 
