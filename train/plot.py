@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
-from train.run.runlog import read_metrics, validation_curves
+from train.run.runlog import METRICS, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
@@ -42,6 +42,8 @@ STYLE = {
 }
 MARKERS = "osD^vPX"
 """Of the validation datasets of a run."""
+DRAWN = {"phase", "loss", "learning_rate", "tokens_per_second", "grad_norm", "applied", "expert_counts"}
+"""Of a step."""
 HEAT_MAP_COLUMNS = 300
 """Steps are averaged so that a heat map has at most so many columns."""
 
@@ -61,9 +63,11 @@ class Curves:
         steps = [record for record in records if record["kind"] == "step"]
         if not steps:
             raise UserError(f"{run_dir}: no step has been logged yet")
-        # A damaged line may have another shape.
-        shape = np.shape(steps[-1]["expert_counts"])
-        steps = [step for step in steps if np.shape(step["expert_counts"]) == shape]
+        # A damaged line may lack a field, or have counts of another shape.
+        shape = np.shape(steps[-1].get("expert_counts", []))
+        steps = [step for step in steps if DRAWN <= step.keys() and np.shape(step["expert_counts"]) == shape]
+        if not steps:
+            raise UserError(f"{run_dir}: no step in {METRICS} is whole")
         return cls(Path(run_dir).resolve().name, steps, validation_curves(records))
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:
@@ -114,7 +118,7 @@ def _draw_loss(axes: Axes, run: Curves, look: dict[str, str]) -> None:
     _draw_noisy(axes, step, loss, look, label=f"{run.name}: training")
     for marker, (dataset, records) in zip(itertools.cycle(MARKERS), run.validations.items(), strict=False):
         at = [record["step"] for record in records]
-        values = np.array([record["loss"] for record in records], dtype=float)
+        values = np.array([record.get("loss") for record in records], dtype=float)
         best = "" if np.isnan(values).all() else f", best {np.nanmin(values):.3f}"
         axes.plot(
             at,

@@ -43,21 +43,21 @@ def summarize(folder: Path) -> RunSummary:
     """Read one run folder. Raises `UserError` if it is none."""
     records = read_metrics(folder)
     steps = [record for record in records if record["kind"] == "step"]
-    last = steps[-1] if steps else {"step": 0, "loss": None, "tokens_seen": 0}
+    last = steps[-1] if steps else {"step": 0}
     judged = next(iter(validation_curves(records).values()), [])
-    validations = [record["loss"] for record in judged if record["loss"] is not None]
+    validations = [record["loss"] for record in judged if record.get("loss") is not None]
     settings = _settings(folder)
     phases = [settings.get(name) for name in ("steps", "extended_steps")]
     planned = sum(phases) if all(isinstance(steps, int) for steps in phases) else None
-    ended = records[-1]["state"] if records and records[-1]["kind"] == "end" else "stopped"
+    ended = records[-1].get("state", "stopped") if records and records[-1]["kind"] == "end" else "stopped"
     return RunSummary(
         folder=folder,
         preset=settings.get("preset", "?"),
         step=last["step"],
         steps=planned,
-        loss=last["loss"],
+        loss=last.get("loss"),
         best_validation=min(validations, default=None),
-        tokens_seen=last["tokens_seen"],
+        tokens_seen=last.get("tokens_seen") or 0,
         size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         state="running" if is_training(folder) else ended,
     )

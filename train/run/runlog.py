@@ -303,11 +303,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for _, record in records if record is not None]
 
 
-NUMBERS = {
-    "step": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "applied"),
-    "validation": ("loss",),
-}
-"""What a record of a kind has besides its step: numbers, or null."""
+NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "applied")
+"""Fields that hold a number or null, of records that have them."""
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
@@ -316,13 +313,11 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
         kind = record["kind"]
         complete = isinstance(record["step"], int) and isinstance(kind, str)
-        complete &= all(record[name] is None or isinstance(record[name], int | float) for name in NUMBERS.get(kind, ()))
-        if kind == "step":
-            shape = np.array(record["expert_counts"], float).shape
-            complete &= len(shape) == 2 or shape == (0,)  # [layers, experts], or a model without experts
-        if kind == "end":
-            complete &= isinstance(record["state"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        complete &= all(isinstance(record.get(name), int | float | None) for name in NUMBERS)
+        shape = np.array(record.get("expert_counts", []), float).shape
+        complete &= len(shape) == 2 or shape == (0,)  # [layers, experts], or a model without experts
+        complete &= isinstance(record.get("state", ""), str)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if complete else None
 
