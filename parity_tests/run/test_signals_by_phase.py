@@ -80,7 +80,9 @@ def test_the_run_goes_on(straight: tuple[str, Path], phase: str, number: int, ti
     with started(config, run_dir, 1, program=patched(framework, phase, number, times)) as run:
         began = time.monotonic()
         (code,) = run.codes()
-        assert code == 128 + number or (code == 0 and phase.startswith("writing")), run.said(0)
+        # Before the first step nothing is lost by the signal's own way, which a shell reports as 143 too.
+        allowed = {128 + number} | {"compiling": {-number}, "writing the final weights": {0}}.get(phase, set())
+        assert code in allowed, run.said(0)
         assert time.monotonic() - began < SECONDS
         assert "Traceback" not in run.said(0), run.said(0)
     with started(config, run_dir, 1, program=MAINS[framework]) as run:
