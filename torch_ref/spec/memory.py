@@ -87,7 +87,9 @@ def step_parts(
     # Of the layer whose backward pass is at work: what it makes again, and gradients of what it kept.
     again = {"off": 0, "experts": routed, "layers": moe_layer + routed}[remat]
     rows = choices * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
-    working = tokens * (again + 2 * attention + 2 * shared + rows) * operand + one_layer * wide
+    # torch lets go of the experts' gradients before it comes to attention's.
+    gradients_at_work = 2 * attention + 2 * shared + rows if flax else max(2 * attention, 2 * shared + rows)
+    working = tokens * (again + gradients_at_work) * operand + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
     logits = wide + max(narrow, 0 if flax else wide) + (wide if widened else 0)
@@ -97,6 +99,8 @@ def step_parts(
         loss -= (parameters - embedding // fsdp) * wide
     at_work = max(loss, working)
     if not flax or tokens > chunk:  # the embedding's gradient: before and after it is scaled; until the pass ends
+        at_work += embedding * wide
+    if flax and micro_batches > 1:  # and the sum that it is added to, before and after
         at_work += embedding * wide
 
     gradients = parameters * wide * (2 if flax and micro_batches > 1 else 1)
