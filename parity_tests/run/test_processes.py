@@ -59,7 +59,6 @@ def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, st
     assert_same_run(run_dir, straight)
 
 
-@pytest.mark.slow
 def test_four_processes_give_the_run_of_one(tmp_path: Path, straight: Path) -> None:
     with started(tmp_path / "settings.toml", tmp_path / "run", 4) as run:
         assert run.codes(300) == [0] * 4, run.said(0)

@@ -84,6 +84,12 @@ def test_two_processes_are_stopped_and_killed_and_others_go_on(folder: Path, str
     assert_same_run(folder / "run", straight)
 
 
+def test_copies_of_split_models_give_the_run_of_one(folder: Path, straight: Path) -> None:
+    with several(folder, 4, "--mesh", "data=2,fsdp=2") as run:
+        assert run.codes(300) == [0] * 4, run.said(0)
+    assert_same_run(run.run_dir, straight)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "mesh"), [(4, "auto"), (4, "data=2,fsdp=2"), (4, "data=4"), (2, "fsdp=2")])
 @pytest.mark.parametrize("flags", [(), ("--remat", "layers", "--document-mask")], ids=["plain", "remat, documents"])
