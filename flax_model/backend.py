@@ -101,7 +101,6 @@ class FlaxBackend:
         self.processes = Processes(jax.process_count(), jax.process_index())
         self._checkpoints = Checkpoints(self.processes, self.agree)
         self._expected_batch = expected_batch
-        self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
         self._make_programs()
 
     def _checked(self, compute: ComputeConfig) -> ComputeConfig:
@@ -112,6 +111,7 @@ class FlaxBackend:
 
     def _make_programs(self) -> None:
         """The train step and the evaluation, not yet compiled."""
+        self._compiled: dict[tuple[int, ...], Compiled | Future[Compiled]] = {}
         mesh, config, compute = self._mesh, self.model_config, self.compute
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
         step = partial(

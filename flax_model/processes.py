@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.leaving import leave
+from torch_ref.spec.leaving import ENDED, leave
 from torch_ref.spec.processes import ALONE, Processes
 from torch_ref.spec.storage import first_line
 
@@ -75,7 +75,8 @@ def _filter_errors() -> None:
     """Let what is written to standard error pass through `peer_errors.py`, which puts the end of another process, of
     which JAX's runtime tells in a page of its own before it aborts this one, in a line."""
     program = Path(__file__).with_name("peer_errors.py")
-    reader = subprocess.Popen([sys.executable, "-S", str(program)], stdin=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-S", str(program), ENDED]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     os.dup2(reader.stdin.fileno(), 2)
     reader.stdin.close()
     reader.returncode = 0  # it ends by itself, after this process

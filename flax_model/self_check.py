@@ -2,8 +2,7 @@
 
 Kernels have been wrong on some cards and not on others, in ways that no error shows. Off the CPU, before training, the
 paths that were chosen are compared on the device itself with the plain paths on the CPU, at the model's own sizes.
-
-Twins: `torch_ref/self_check.py`, `flax_model/self_check.py`.
+`torch_ref/self_check.py` is the counterpart.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Several processes that train one model, as torchrun starts them: how they find each other, what they agree on, and
 how they end. Where one ends in an error the others cannot go on: they end, too, and the same command goes on from the
-latest checkpoint.
-
-Twins: `torch_ref/processes.py`, `flax_model/processes.py`.
+latest checkpoint. `flax_model/processes.py` is the counterpart.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ A mesh has two axes; every process has rows of the batch of its own, whatever th
   it is used, and sums its gradient back into the parts (ZeRO-3, Rajbhandari et al. 2020)
 
 Buffers, which are the balance biases, are small and whole everywhere. The optimizer works on the parts as plain
-tensors. Without several processes each function gives back what it is given.
-
-Twins: `torch_ref/sharding.py`, `flax_model/sharding.py`.
+tensors. Without several processes each function gives back what it is given. `flax_model/sharding.py` is the
+counterpart, on JAX's own arrays.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.leaving import ENDED
 from torch_ref.spec.processes import Processes
 from train.run.together import Wishes, first_by_the_writer, require_same
 
@@ -121,7 +122,8 @@ def test_the_writer_makes_things_first(writes: bool) -> None:
 def filtered(text: str) -> str:
     """What the filter lets through, as it runs."""
     program = Path(__file__).parents[2] / "flax_model/peer_errors.py"
-    done = subprocess.run([sys.executable, "-S", program], input=text, text=True, capture_output=True, check=True)
+    command = [sys.executable, "-S", program, ENDED]
+    done = subprocess.run(command, input=text, text=True, capture_output=True, check=True)
     assert done.stdout == ""
     return done.stderr
 
