@@ -50,10 +50,11 @@ logging.getLogger("asyncio").addFilter(lambda record: "exception was never retri
 
 
 def _without_orbax(unraisable: Any, otherwise: Callable = sys.unraisablehook) -> None:
-    """Where a save or a restore fails, orbax leaves coroutines behind, and reads that end after their event loop:
-    Python would print a traceback of each."""
+    """Where a save or a restore fails or is interrupted, orbax leaves coroutines behind, reads that end after their
+    event loop, and event loops that are half closed: Python would print a traceback of each."""
     code = getattr(unraisable.object, "cr_code", None)
-    if "Event loop is closed" in str(unraisable.exc_value):
+    half_closed = getattr(unraisable.object, "__qualname__", "") == "BaseEventLoop.__del__"
+    if half_closed or "Event loop is closed" in str(unraisable.exc_value):
         return
     if code is None or "orbax" not in code.co_filename:
         otherwise(unraisable)
