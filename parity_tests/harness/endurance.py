@@ -21,7 +21,7 @@ from statistics import median
 
 import numpy as np
 
-from parity_tests.harness.kills import MAINS, settings
+from parity_tests.harness.kills import INTERVAL, MAINS, settings
 from train.run.runlog import read_metrics
 
 WARM = 0.1
@@ -64,10 +64,12 @@ def course(steps: Sequence[float], values: Sequence[float], unit: str) -> dict[s
     }
 
 
-def watch(framework: str, folder: Path, steps: int) -> dict:
-    """What became of memory, handles, threads and the time of a step in a run of so many steps."""
+def watch(framework: str, folder: Path, steps: int, interval: int = INTERVAL) -> dict:
+    """What became of memory, handles, threads and the time of a step in a run of so many steps, with a checkpoint every
+    `interval` of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["--config", str(settings(folder, steps)), "--run-dir", str(folder / "run"), "--keep-checkpoints", "3"]
+    config = settings(folder, steps, interval)
+    flags = ["--config", str(config), "--run-dir", str(folder / "run"), "--keep-checkpoints", "3"]
     command = [sys.executable, "-m", MAINS[framework], *flags]
     with open(folder / "run.out", "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -97,8 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("framework", choices=list(MAINS))
     parser.add_argument("folder", type=Path, help="A folder for the run.")
     parser.add_argument("--steps", type=int, default=20_000, help="Its length; by default %(default)s.")
+    parser.add_argument(
+        "--checkpoint-interval", type=int, default=INTERVAL, help="Steps between checkpoints; by default %(default)s."
+    )
     arguments = parser.parse_args(argv)
-    report = watch(arguments.framework, arguments.folder, arguments.steps)
+    report = watch(arguments.framework, arguments.folder, arguments.steps, arguments.checkpoint_interval)
     print(json.dumps(report, indent=2))
     return 0 if report["exit code"] == 0 and report["no step is missing or twice"] else 1
 

@@ -37,8 +37,8 @@ COMPARED = {
 }
 
 
-def settings(folder: Path, steps: int) -> Path:
-    """A settings file, and the text it names."""
+def settings(folder: Path, steps: int, interval: int = INTERVAL) -> Path:
+    """A settings file of a run with a checkpoint every `interval` steps, and the text it names."""
     words = "the model reads a row of tokens and says which one comes next while experts share the work".split()
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(words, 60)) + "." for _ in range(60)]
@@ -52,7 +52,7 @@ def settings(folder: Path, steps: int) -> Path:
         steps=steps,
         extended_steps=5,
         warmup_steps=10,
-        checkpoint_interval=INTERVAL,
+        checkpoint_interval=interval,
         keep_checkpoints=2,
         eval_interval=4,
         sample_interval=7,

@@ -4,15 +4,17 @@ compare with the run that nobody disturbed:
     unshare --map-root-user --mount python -m parity_tests.harness.write_faults torch FOLDER
 
 In a mount namespace of its own, which `unshare` makes, so that the disks it mounts are seen by nobody else and need no
-privilege. Linux only.
+privilege. There a process is its own root, and gives up root's right to pass over permissions. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -46,6 +48,35 @@ def fill(folder: Path, leave: int) -> Callable[[], None]:
     return filler.unlink
 
 
+def use_up_files(folder: Path) -> Callable[[], None]:
+    """Make empty files until a disk takes no more; returns the mend."""
+    fillers = []
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            fillers.append(folder / f"filler_{number}")
+            fillers[-1].touch()
+    return lambda: [filler.unlink(missing_ok=True) for filler in fillers] and None
+
+
+def forbid(folder: Path) -> Callable[[], None]:
+    """Take away the permission to make or rename files in a folder; returns the mend."""
+    folder.chmod(0o555)
+    return lambda: folder.chmod(0o755)
+
+
+def obey_permissions() -> None:
+    """Give up the capabilities by which root passes over the permissions of files (capset(2), version 3)."""
+    override, read_search = 1, 2
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: of capabilities 0 to 31, then of the rest
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.capget(header, data)
+    for place in (0, 1):
+        data[place] &= ~(1 << override | 1 << read_search)
+    if libc.capset(header, data) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def make_read_only(folder: Path) -> Callable[[], None]:
     """What opens a file below the folder from now on finds it read-only; returns the mend."""
     mount("--bind", folder, folder)
@@ -67,6 +98,9 @@ def move_away(folder: Path) -> Callable[[], None]:
 FAULTS: dict[str, tuple[Callable[[Path], Callable[[], None]], str]] = {
     "disk full at a checkpoint": (lambda run: fill(run.parent, 24_000), "no space left"),
     "disk full at a log line": (lambda run: fill(run.parent, 0), "no space left"),
+    "no file left on the disk": (lambda run: use_up_files(run.parent), "no space left for one more file"),
+    "checkpoints without permission": (lambda run: forbid(run / "checkpoints"), "Permission denied"),
+    "best without permission": (lambda run: forbid(run / "best"), "Permission denied"),
     "checkpoints read-only": (lambda run: make_read_only(run / "checkpoints"), "Read-only file system"),
     "best read-only": (lambda run: make_read_only(run / "best"), "Read-only file system"),
     "run folder read-only": (lambda run: make_read_only(run), "Read-only file system"),
@@ -106,7 +140,7 @@ def report(framework: str, folder: Path) -> dict[str, dict]:
     for name, (make, _) in FAULTS.items():
         disk = folder / name.replace(" ", "-")
         disk.mkdir()
-        mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", disk)
+        mount("-t", "tmpfs", "-o", "size=8m,nr_inodes=2000", "tmpfs", disk)
         run, mends = disk / "run", []
 
         def before_step(step: int, make=make, run=run, mends=mends) -> None:
@@ -137,6 +171,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("framework", choices=MAINS, help="The framework whose main is run.")
     parser.add_argument("folder", type=Path, help="A new folder for the runs.")
     options = parser.parse_args(argv)
+    obey_permissions()
     print(json.dumps(report(options.framework, options.folder), indent=2))
     return 0
 
