@@ -1,11 +1,10 @@
 """Training in Flax: the optimizer step, evaluation and checkpoints behind the loop's `Backend` protocol.
 
-- one jitted train step that donates its state; micro-batches run inside it by `lax.scan`
 - gradients of micro-batches add up to the whole batch's, also where they score different numbers of targets
-- clipping by global norm and optax's AdamW as `OptimizerConfig` states them; weight decay by the parameter table
+- clipping by global norm and AdamW as `OptimizerConfig` states them; weight decay by the parameter table
 - the balance bias moves once per step, by counts summed over micro-batches
 - a step whose loss or gradient is not finite changes nothing but the step counter
-- orbax checkpoints, written in the background
+- checkpoints by orbax, written in the background
 
 Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 """
@@ -51,7 +50,7 @@ from flax_model.sharding import (
     whole,
 )
 from flax_model.train_step import State, loss_sum, train_step
-from flax_model.trees import merge
+from flax_model.trees import consume, merge
 from flax_model.values import from_values, structure
 from torch_ref.spec.checkpoint import leaf_at, make_contents
 from torch_ref.spec.config import ComputeConfig, ModelConfig
@@ -66,10 +65,11 @@ class FlaxBackend:
     """The `Backend` of Flax, on one device or on the mesh of `compute.mesh`. State is unset until `init`, `restore` or
     `load_state`.
 
-    The step for batches of `expected_batch` (rows and their length) is compiled in the background while the state is
-    made; that for another shape when the first such batch comes. A float64 run switches JAX to 64-bit types for the
-    whole process. `devices` are taken instead of those that `device` names: they may be those of a topology, to compile
-    for and not to run on. Raises `UserError` for a device, dtype or computation path that is not available.
+    The train step is one compiled function that donates its state (`train_step.py`). That for batches of
+    `expected_batch` (rows and their length) is compiled in the background while the state is made; that for another
+    shape when the first such batch comes. A float64 run switches JAX to 64-bit types for the whole process. `devices`
+    are taken instead of those that `device` names: they may be those of a topology, to compile for and not to run on.
+    Raises `UserError` for a device, dtype or computation path that is not available.
     """
 
     framework = "flax"
@@ -367,12 +367,14 @@ def place(tree: Any, abstract: Any, copy: bool = True) -> Any:
     Arrays of the host, or of a file, need the `copy` on the device: on a CPU `device_put` may share memory with its
     source, and a step cannot reuse what is not its own.
     """
-    if isinstance(abstract, dict):
-        return {key: place(None if tree is None else tree.pop(key), leaf, copy) for key, leaf in abstract.items()}
     if tree is None:
-        return jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
-    placed = jax.device_put(tree, abstract.sharding)
-    return jnp.array(placed, copy=True) if copy or not isinstance(tree, jax.Array) else placed
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
+
+    def placed(path: tuple[str, ...], leaf: Any) -> Array:
+        there = jax.device_put(leaf, leaf_at(abstract, path).sharding)
+        return jnp.array(there, copy=True) if copy or not isinstance(leaf, jax.Array) else there
+
+    return consume(placed, tree)
 
 
 @jax.jit

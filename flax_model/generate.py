@@ -7,7 +7,6 @@
 - prompts run through the training forward pass; of different lengths, they are padded on the right and masked
 - a new token reads the weights of the chosen experts alone
 - repetition penalty, temperature, top-k, top-p and min-p in the order and with the meaning of `transformers`
-- all new tokens in one `lax.while_loop`; compiled once per bucket of prompt lengths and of numbers of new tokens
 
 Slots of the cache: prompts fill the first ones, each up to its length; the new tokens of all rows follow at the width
 of the padded prompts. A token's position is in its rotated key, so slots in between that hold nothing do no harm.
@@ -31,14 +30,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Num
 
 from flax_model.attention import Attention
+from flax_model.block import Block
 from flax_model.cpu import as_bits, bits, materialized, read, tied
 from flax_model.layers import SwiGLU, wide
-from flax_model.model import Block, Model
+from flax_model.model import Model
 from flax_model.moe import Experts, Routing, count_experts
 from flax_model.rotary import Rope, apply_rope, make_rope
 from flax_model.sampling import choose_token
 from flax_model.sharding import Tree
-from flax_model.trees import merge, split
+from flax_model.trees import consume, merge, split
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.decoding import bucket, check_request, draw_uniforms, pad_prompts
 from torch_ref.spec.interface import Sampling
@@ -240,14 +240,7 @@ def chosen_experts(
 def cast_weights(params: Tree, compute: ComputeConfig) -> Tree:
     """Hold weights in the compute dtype, in which they enter products anyway: fewer bytes to read for each token, the
     same results. Routers stay, since they choose experts in float32. Empties `params` on the way."""
-    cast = {}
-    for name in list(params):
-        leaf = params.pop(name)
-        if isinstance(leaf, dict):
-            cast[name] = leaf if name == "router" else cast_weights(leaf, compute)
-        else:
-            cast[name] = leaf.astype(compute.dtype)
-    return cast
+    return consume(lambda path, leaf: leaf if "router" in path else leaf.astype(compute.dtype), params)
 
 
 def generate(
@@ -356,7 +349,8 @@ def _run(
     sampling: Sampling,
     compute: ComputeConfig,
 ) -> Progress:
-    """Go on until `limit` new tokens or until every row has met the stop token."""
+    """Go on until `limit` new tokens or until every row has met the stop token: all in one `lax.while_loop`, compiled
+    once for each bucket of prompt lengths and of numbers of new tokens."""
     model = merge(graphdef, params, biases)
     table = make_rope(model.config, model.config.max_position, compute.dtype)
 

@@ -3,9 +3,6 @@
 Weights are held in the parameter dtype and cast to the activations' dtype where they enter a product, explicitly:
 there is no autocast.
 
-Values worth keeping for the backward pass have a name (`checkpoint_name`); whatever lies between them is computed again
-(`model.run_layers`).
-
 Twins: `torch_ref/layers.py`, `flax_model/layers.py`.
 """
 
@@ -81,5 +78,6 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(ffn, hidden)
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        # Worth keeping for the backward pass; what lies between values with a name is computed again (`run_layers`).
         gated, raised = checkpoint_name((self.gate_proj(x), self.up_proj(x)), "swiglu")
         return self.down_proj(jax.nn.silu(gated) * raised)

@@ -5,10 +5,8 @@
     weights = scores[chosen] / sum * scaling           without the bias: it steers the choice, never the output
     y = shared_expert(x) + sum of weights * expert(x)
 
-The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`, where a choice of
-expert `experts`, one past the last, stands for none (of this device: `expert_parallel.py`):
-`dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
-active experts; `pallas` does so in kernels of its own for NVIDIA GPUs, `blocks` without kernels or branches.
+The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`: `dense` runs every
+expert on every token and is the oracle; the cost of the others follows the active experts.
 
 Twins: `torch_ref/moe.py`, `flax_model/moe.py`.
 """
@@ -168,7 +166,10 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts' weights, stacked: all of them, or inside a step over several devices those of this one."""
+    """The routed experts' weights, stacked."""
+
+    # Inside a step over several devices they are those of this one, and paths get choices of an expert one past the
+    # last, which stands for none of this device (`expert_parallel.py`).
 
     def __init__(self, config: ModelConfig) -> None:
         experts, hidden, ffn = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size

@@ -4,7 +4,7 @@
 - clipping by global norm and AdamW as `OptimizerConfig` states them; weight decay by the parameter table
 - the balance bias moves once per step, by counts summed over micro-batches
 - a step whose loss or gradient is not finite changes nothing but the step counter
-- `.pt` files that appear only when whole and are read without unpickling code
+- checkpoints: `.pt` files that appear only when whole and are read without unpickling code
 
 Twins: `torch_ref/backend.py`, `flax_model/backend.py`.
 """
@@ -122,7 +122,7 @@ class TorchBackend:
 
     @property
     def _rows_per_pass(self) -> int:
-        """Rows of one micro-batch, over all processes."""
+        """Rows of one micro-batch, over all devices."""
         return self.optimizer_config.micro_batch_size * self.processes.count
 
     def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_ref.attention import Attention
+from torch_ref.block import Block
 from torch_ref.cpu import operand
 from torch_ref.layers import RMSNorm, product, wide
-from torch_ref.model import Block, Model
+from torch_ref.model import Model
 from torch_ref.moe import EXPERT_PATHS, Experts, Routing
 from torch_ref.rotary import Rope, apply_rope, make_rope
 from torch_ref.sampling import choose_token

@@ -3,15 +3,14 @@
 - tied embeddings, RMSNorm before attention and before the MLP, no biases
 - Multi-head Latent Attention with grouped K/V heads and a shared rotary key (`attention.py`)
 - mixture of experts with a shared expert, balanced by bias (`moe.py`); the first layers may be dense
-- gradient checkpointing of the experts' activations, or of whole layers
+- layers run one after the other, with gradient checkpointing or without (`block.py`)
 
 Twins: `torch_ref/model.py`, `flax_model/model.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from torch_ref.attention import Attention
-from torch_ref.layers import RMSNorm, SwiGLU, wide, wide_product
+from torch_ref.block import Block, run_layers
+from torch_ref.layers import RMSNorm, wide, wide_product
 from torch_ref.loss import cross_entropy
-from torch_ref.moe import MoE, MoEOutput
 from torch_ref.rotary import Rope, make_rope
 from torch_ref.sharding import own_part, part_of
 from torch_ref.spec.config import ComputeConfig, ModelConfig
@@ -39,50 +36,6 @@ class ForwardOutput(NamedTuple):
     expert_counts: Int[Tensor, "moe_layers experts"]
     layers: list[Tensor] | None
     """The residual stream after each layer, if asked for."""
-
-
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), where the MLP is dense or a mixture of experts."""
-
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
-        super().__init__()
-        self.dense = dense
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch seq hidden"],
-        rope: Rope,
-        compute: ComputeConfig,
-        documents: Int[Tensor, "batch seq"] | None = None,
-    ) -> tuple[Float[Tensor, "batch seq hidden"], MoEOutput | None]:
-        x = x + self.attention(self.input_norm(x), rope, compute.attention, documents)
-        normed = self.post_attention_norm(x)
-        if self.dense:
-            return x + self.mlp(normed), None
-        moe = self.mlp(normed, compute.moe, compute.remat == "experts")
-        return x + moe.out, moe
-
-
-def run_layer(
-    block: Block, x: Tensor, rope: Rope, compute: ComputeConfig, documents: Tensor | None = None
-) -> tuple[Tensor, MoEOutput | None]:
-    """Call a block. As a function of the block it is compiled once for all layers of a kind."""
-    return block(x, rope, compute, documents)
-
-
-COMPILER = "inductor"
-"""The backend of `torch.compile`."""
-
-
-@cache
-def compiled_layer() -> Callable:
-    """`run_layer` compiled, for each shape anew: a layer's hundreds of small operations become a few fused kernels
-    around its products. Makes nothing that was not there before the first call."""
-    return torch.compile(run_layer, dynamic=False, backend=COMPILER)
 
 
 class Model(nn.Module):
@@ -125,21 +78,11 @@ class Model(nn.Module):
         rope = self._kept_rope(seq, dtype, tokens.device)
         documents = None if compute.separator is None else document_numbers(tokens, compute.separator)
         x = F.embedding(tokens.long(), self.embed_tokens.weight).to(dtype)
-        balance_loss = wide(x.new_zeros(batch))
-        counts, layers = [], []
-        training = torch.is_grad_enabled()
-        run = compiled_layer() if compute.compile == "on" and training else run_layer
-        if compute.remat == "layers" and training:
-            run = partial(checkpoint, run, use_reentrant=False)
-        for block in self.layers:
-            x, moe = run(block, x, rope, compute, documents)
-            if moe is not None:
-                balance_loss = balance_loss + moe.balance_loss
-                counts.append(moe.expert_counts)
-            if keep_hidden:
-                layers.append(x)
+        x, (reports, layers) = run_layers(self.layers, x, rope, compute, documents, keep_hidden)
+        balance_loss = sum((report.balance_loss for report in reports), start=wide(x.new_zeros(batch)))
+        counts = [report.expert_counts for report in reports]
         expert_counts = torch.stack(counts) if counts else tokens.new_zeros(0, config.n_routed_experts)
-        return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers if keep_hidden else None)
+        return ForwardOutput(self.norm(x), balance_loss, expert_counts, layers)
 
     def _kept_rope(self, length: int, dtype: torch.dtype, device: torch.device) -> Rope:
         """The rotary table, kept on the device for the next forward pass of the same length."""

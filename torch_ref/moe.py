@@ -5,9 +5,8 @@
     weights = scores[chosen] / sum * scaling           without the bias: it steers the choice, never the output
     y = shared_expert(x) + sum of weights * expert(x)
 
-The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`:
-`dense` runs every expert on every token and is the oracle; `grouped` sorts tokens by expert, so its cost follows the
-active experts; `blocks` does so in static shapes without a host sync, for MPS.
+The routed experts run behind one function, `EXPERT_PATHS[path](x, routing, gate, up, down, remat)`: `dense` runs every
+expert on every token and is the oracle; the cost of the others follows the active experts.
 
 Twins: `torch_ref/moe.py`, `flax_model/moe.py`.
 """
@@ -52,7 +51,8 @@ def route(
 
 
 def top_k(scores: Float[Tensor, "tokens experts"], k: int) -> Int[Tensor, "tokens topk"]:
-    """Indices of the k largest, largest first; of equal scores the lowest index first (`torch.topk` promises none)."""
+    """Indices of the k largest, largest first; of equal scores the lowest index first."""
+    # torch.topk promises no order of equal ones.
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 

@@ -18,8 +18,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
+from torch_ref.block import Block, compiled_layer, run_layer
 from torch_ref.layers import wide
-from torch_ref.model import Block, Model, compiled_layer, document_numbers, run_layer
+from torch_ref.model import Model, document_numbers
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig

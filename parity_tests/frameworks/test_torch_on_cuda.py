@@ -15,6 +15,7 @@ import torch
 
 from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, batch
 from torch_ref import backend as torch_backend
+from torch_ref import block as torch_block
 from torch_ref import grouped_experts, model, moe, self_check
 from torch_ref.backend import TorchBackend
 from torch_ref.spec.config import PRESETS
@@ -27,13 +28,13 @@ MODEL = replace(CONFIG, first_k_dense=1, num_layers=3)
 def tracing(monkeypatch):
     """Layers are traced whole, forward and backward, and run as traced, without the minutes that kernels take to make:
     how often that happened, and why it was given up."""
-    monkeypatch.setattr(model, "COMPILER", "aot_eager")
+    monkeypatch.setattr(torch_block, "COMPILER", "aot_eager")
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    model.compiled_layer.cache_clear()
+    torch_block.compiled_layer.cache_clear()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
-    model.compiled_layer.cache_clear()
+    torch_block.compiled_layer.cache_clear()
 
 
 def trained(dtype, compile, steps=2, **compute):
@@ -106,7 +107,7 @@ def test_operands_of_grouped_kernels(monkeypatch, hidden, ffn):
 
 
 def test_a_layer_that_does_not_compile_runs_as_it_is(tracing, monkeypatch):
-    monkeypatch.setattr(model, "COMPILER", "no_such_compiler")
+    monkeypatch.setattr(torch_block, "COMPILER", "no_such_compiler")
     _, expected = trained("float32", "off")
     with pytest.warns(UserWarning, match="--compile on: .*no_such_compiler.*uncompiled"):
         made, reports = trained("float32", "on")
@@ -118,7 +119,7 @@ def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
     def compiled(block, x, rope, compute, documents):
         if wrong == "gradient":
             x = x.detach() + factor * (x - x.detach())
-        out, report = model.run_layer(block, x, rope, compute, documents)
+        out, report = torch_block.run_layer(block, x, rope, compute, documents)
         return (out if wrong == "gradient" else factor * out), report
 
     monkeypatch.setattr(self_check, "compiled_layer", lambda: compiled)
@@ -128,8 +129,8 @@ def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
 
 def test_a_right_compiled_layer_is_checked_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(self_check, "compiled_layer", lambda: calls.append(1) or model.run_layer)
-    monkeypatch.setattr(model, "compiled_layer", lambda: model.run_layer)
+    monkeypatch.setattr(self_check, "compiled_layer", lambda: calls.append(1) or torch_block.run_layer)
+    monkeypatch.setattr(torch_block, "compiled_layer", lambda: torch_block.run_layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert trained("bfloat16", "on", steps=2)[0].compute.compile == "on"

@@ -16,6 +16,7 @@ import numpy as np
 
 from parity_tests.harness.cases import Case, case_batch, case_values
 from parity_tests.harness.measure import Measurement, Outcome, Values, relative_error, run_flax, run_torch
+from torch_ref.spec.checkpoint import named_leaves
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.parameters import initial_values, parameter_table
 
@@ -70,7 +71,7 @@ def modules(config: ModelConfig, dtype: str, seed: int = 3) -> list[Measurement]
     import jax
     import torch
 
-    from flax_model import attention, layers, model, moe, rotary
+    from flax_model import attention, layers, moe, rotary, trees
     from torch_ref import attention as torch_attention
     from torch_ref import layers as torch_layers
     from torch_ref import moe as torch_moe
@@ -118,25 +119,25 @@ def modules(config: ModelConfig, dtype: str, seed: int = 3) -> list[Measurement]
         def flax_results(params, biases, x):
             results = {}
             for name, module in flax_modules.items():
-                graphdef = model.split(module)[0]
+                graphdef = trees.split(module)[0]
 
                 def run(params, x, name=name, graphdef=graphdef):
                     rope = rotary.make_rope(c, seq, x.dtype)
                     extra = {"Attention": (rope, "blocked"), "MoE": ("grouped", False)}.get(name, ())
-                    out = model.merge(graphdef, params, biases[name])(x, *extra)
+                    out = trees.merge(graphdef, params, biases[name])(x, *extra)
                     return out.out if name == "MoE" else out
 
                 out, backward = jax.vjp(run, params[name], x)
                 results[name] = out, *backward(upstream[name])
             return results
 
-        trees = {name: model.split(module)[1:] for name, module in flax_modules.items()}
+        empty = {name: trees.split(module)[1:] for name, module in flax_modules.items()}
         filled = {
             name: [
-                _fill(tree, {tuple(key.split(".")): v.astype(dtype) for key, v in tensors[name].items()})
+                trees.consume(lambda path, _, name=name: tensors[name][".".join(path)].astype(dtype), tree)
                 for tree in pair
             ]
-            for name, pair in trees.items()
+            for name, pair in empty.items()
         }
         params, biases = ({name: pair[part] for name, pair in filled.items()} for part in (0, 1))
         flax = jax.device_get(jax.jit(flax_results)(params, biases, x))
@@ -146,28 +147,13 @@ def modules(config: ModelConfig, dtype: str, seed: int = 3) -> list[Measurement]
         expected = torch_results(name)
         out, params_gradient, x_gradient = flax[name]
         got = {"output": out, "gradient of the input": x_gradient}
-        got |= {f"gradient of {'.'.join(path)}": leaf for path, leaf in _leaves(params_gradient)}
+        got |= {f"gradient of {key}": leaf for key, leaf in named_leaves(params_gradient)}
         assert got.keys() == expected.keys(), (got.keys(), expected.keys())
         for what, value in expected.items():
             bound = (FORWARD if what == "output" else GRADIENT)[dtype]
             error = relative_error(got[what], value)
             measurements.append(Measurement("modules", "alone", dtype, f"{name}: {what}", error, bound))
     return measurements
-
-
-def _fill(tree: dict, values: dict[tuple[str, ...], np.ndarray], path: tuple[str, ...] = ()) -> dict:
-    return {
-        key: _fill(leaf, values, (*path, key)) if isinstance(leaf, dict) else values[(*path, key)]
-        for key, leaf in tree.items()
-    }
-
-
-def _leaves(tree: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    return [
-        item
-        for key, leaf in tree.items()
-        for item in (_leaves(leaf, (*path, key)) if isinstance(leaf, dict) else [((*path, key), leaf)])
-    ]
 
 
 def run_case(

@@ -96,7 +96,7 @@ WATCHED = {
     "layers": {"Linear": ("call",), "RMSNorm": ("call",), "SwiGLU": ("call",)},
     "attention": {"Attention": ("queries", "latents", "expand", "call")},
     "moe": {"Router": ("call",), "Experts": ("call",), "MoE": ("call",)},
-    "model": {"Block": ("call",)},
+    "block": {"Block": ("call",)},
 }
 
 

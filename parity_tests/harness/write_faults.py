@@ -98,7 +98,7 @@ def move_away(folder: Path) -> Callable[[], None]:
 FAULTS: dict[str, tuple[Callable[[Path], Callable[[], None]], str]] = {
     "disk full at a checkpoint": (lambda run: fill(run.parent, 24_000), "no space left"),
     "disk full at a log line": (lambda run: fill(run.parent, 0), "no space left"),
-    "no file left on the disk": (lambda run: use_up_files(run.parent), "no space left for one more file"),
+    "no file left on the disk": (lambda run: use_up_files(run.parent), "it may be that no more files fit"),
     "checkpoints without permission": (lambda run: forbid(run / "checkpoints"), "Permission denied"),
     "best without permission": (lambda run: forbid(run / "best"), "Permission denied"),
     "checkpoints read-only": (lambda run: make_read_only(run / "checkpoints"), "Read-only file system"),

@@ -232,18 +232,58 @@ def test_each_framework_leaves_the_other_alone(package, forbidden):
             assert not {name.partition(".")[0] for name in names} & forbidden, f"{file.name}:{node.lineno}"
 
 
-TWINS = ["layers", "rotary", "attention", "grouped_experts", "moe", "loss", "model", "generate", "device"]
+TWINS = ["layers", "rotary", "attention", "grouped_experts", "moe", "block", "loss", "model", "sampling", "generate"]
+TWINS += ["backend", "device", "checkpoint"]
+
+OTHER_ARGUMENTS = {
+    "make_rope": "torch places tensors when it makes them",
+    "Model.__init__": "the same",
+    "run_layers": "Flax runs the stacked layers of a kind, which it looks up in the mesh by name",
+    "trace": "torch has to be told which device's events to record",
+    "resolve_compute": "Flax's kernels take some sizes and not others",
+    "Backend.__init__": "Flax compiles ahead, also for devices that are not there",
+    "Checkpoints.__init__": "of several Flax processes each writes its own part",
+    "absorb": "Flax absorbs the stacked layers of a kind at once",
+    "attend_latents": "torch writes into the layer's part of the cache; Flax returns the cache of all layers",
+    "feed_forward": "Flax reads the chosen experts out of the stack",
+    "chosen_experts": "the same",
+    "cast_weights": "torch changes the model; Flax takes a tree and returns one",
+}
+"""Public functions that take other arguments in the two frameworks, and why."""
+
+
+def defined(file: Path) -> dict[str, list[str]]:
+    """Arguments of the public functions and methods of a file, in their order; of classes none."""
+    found: dict[str, list[str]] = {}
+
+    def read(body: list, prefix: str) -> None:
+        for node in body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            name = {"__call__": "forward"}.get(node.name, node.name).removeprefix("Torch").removeprefix("Flax")
+            if name.startswith("_") and name != "__init__":
+                continue
+            found[prefix + name] = [each.arg for each in node.args.args] if isinstance(node, ast.FunctionDef) else []
+            read(node.body if isinstance(node, ast.ClassDef) else [], f"{prefix}{name}.")
+
+    read(ast.parse(file.read_text()).body, "")
+    return found
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_twin_files_define_the_same_names_in_the_same_order(name):
+def test_twin_files_define_the_same_names_with_the_same_arguments_in_the_same_order(name):
     """What either file has more is its framework's own affair; what both have comes in one order."""
-    defined = []
-    for package in ("torch_ref", "flax_model"):
-        tree = ast.parse((REPOSITORY / package / f"{name}.py").read_text())
-        names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-        defined.append([each for each in names if not each.startswith("_")])
-    torch, flax = defined
+    torch, flax = (defined(REPOSITORY / package / f"{name}.py") for package in ("torch_ref", "flax_model"))
     common = [each for each in torch if each in flax]
     assert common == [each for each in flax if each in torch]
     assert len(common) >= 2, (torch, flax)
+    others = [each for each in common if torch[each] != flax[each] and each not in OTHER_ARGUMENTS]
+    assert not others
+
+
+def test_other_arguments_are_still_other_ones():
+    torch, flax = (
+        {name: arguments for twin in TWINS for name, arguments in defined(REPOSITORY / package / f"{twin}.py").items()}
+        for package in ("torch_ref", "flax_model")
+    )
+    assert not [name for name in OTHER_ARGUMENTS if torch.get(name) == flax.get(name)]

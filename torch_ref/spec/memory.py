@@ -64,7 +64,7 @@ def step_parts(
     if expert > 1:
         choices = expert * min(choices, c.n_routed_experts // expert)
     routed = 2 * choices * c.moe_intermediate_size
-    if flax:  # what `kept` in flax_model/model.py names, and the layer's input
+    if flax:  # what `kept` in flax_model/block.py names, and the layer's input
         padded = c.qk_head_dim if dtype == "bfloat16" and on_gpu else c.v_head_dim  # cuDNN wants one head size
         attention = c.num_heads * (c.qk_head_dim + padded + wide // narrow)
         attention += c.num_kv_heads * (c.qk_head_dim + padded)

@@ -310,10 +310,10 @@ def _write_error(path: Path, error: BaseException, needed: int | None) -> UserEr
     short = number is None and needed is not None and free is not None and free < needed
     if short or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         limit = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "larger than files may be here"}
-        if number == errno.ENOSPC and _free_files(path) == 0:
-            return UserError(f"{path}: no space left for one more file; remove some and start again")
         amount = f", {size_in_words(needed)} needed" if needed else ""
         amount += "" if free is None else f", {size_in_words(free)} free"
+        if number == errno.ENOSPC and None not in (needed, free) and needed < free:
+            amount += " now (it may be that no more files fit)"
         return UserError(f"{path}: {limit.get(number, 'no space left')}{amount}; make room and start again")
     if number == errno.ENOENT:
         return UserError(f"{path}: its folder is gone; was it moved or removed meanwhile?")
@@ -356,13 +356,4 @@ def _free_space(path: Path) -> int | None:
     for folder in Path(path).absolute().parents:
         with suppress(OSError):
             return shutil.disk_usage(folder).free
-    return None
-
-
-def _free_files(path: Path) -> int | None:
-    """How many more files the disk of a path can hold; None where that cannot be told."""
-    for folder in Path(path).absolute().parents:
-        with suppress(OSError, AttributeError):
-            disk = os.statvfs(folder)
-            return disk.f_favail if disk.f_files else None  # some file systems count none
     return None

@@ -238,7 +238,7 @@ def compiled_layer_rows(case: Case) -> Iterator[dict]:
 
     import torch
 
-    from torch_ref import device, model, self_check
+    from torch_ref import block, device, model, self_check
     from torch_ref.spec.parameters import initial_values
 
     config = dataclasses.replace(case.config, num_layers=1)
@@ -247,7 +247,7 @@ def compiled_layer_rows(case: Case) -> Iterator[dict]:
     made = model.Model(config, where).load_values(initial_values(config, 0))
     tokens = torch.from_numpy(case.rows()[0]).to(where)
     problem = self_check.compile_error(compute, made, tokens)
-    for what, run in (("uncompiled", model.run_layer), ("compiled", model.compiled_layer())):
+    for what, run in (("uncompiled", block.run_layer), ("compiled", block.compiled_layer())):
         row = {"task": "check", "system": case.system, "what": f"layer {what}, {case.dtype}"}
         if problem and what == "compiled":
             yield row | {"failed": problem}
