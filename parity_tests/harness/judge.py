@@ -3,7 +3,9 @@ modules that both have in the same shape."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,12 @@ class Judge:
             hooks.append(block.register_forward_hook(keep))
         routers = [name.removesuffix(".scores") for name in ours.trace if name.endswith("router.scores")]
         for router in routers:
-            chosen = ours.trace[f"{router}.chosen"] if forced else None
-            hooks.append(modules[key_of(router)].register_forward_hook(self._route(router, trace, chosen)))
+            route = self._route(router, trace, ours.trace[f"{router}.chosen"] if forced else None)
+            gate, mlp = modules[key_of(router)], modules[key_of(router).rpartition(".")[0]]
+            if hasattr(mlp, "route_tokens_to_experts"):
+                hooks.append(mlp.experts.register_forward_pre_hook(partial(self._before_experts, route, mlp)))
+            else:
+                hooks.append(gate.register_forward_hook(partial(self._after_gate, route)))
         return hooks
 
     @staticmethod
@@ -92,29 +98,39 @@ class Judge:
         return hook
 
     @staticmethod
-    def _route(name: str, trace: dict, forced: np.ndarray | None) -> Any:
-        """Records a router; with `forced` its tokens go to these experts."""
+    def _route(name: str, trace: dict, forced: np.ndarray | None) -> Callable:
+        """What records a router: it takes and returns which experts were chosen, and their weights. With `forced`
+        tokens go to these experts."""
         import torch
 
-        def hook(module: Any, args: tuple, output: tuple) -> tuple | None:
-            # (indices, weights) in version 4, (logits, weights, indices) in version 5
-            place = next(index for index, part in enumerate(output) if not part.is_floating_point())
-            hidden = args[0].reshape(-1, module.weight.shape[1]).float()
-            scores = torch.nn.functional.linear(hidden, module.weight.float()).sigmoid()
-            changed = None
+        def route(gate: Any, scaling: float, hidden: Any, chosen: Any, weights: Any) -> tuple[Any, Any]:
+            hidden = hidden.reshape(-1, gate.weight.shape[1]).float()
+            scores = torch.nn.functional.linear(hidden, gate.weight.float()).sigmoid()
             if forced is not None:
-                chosen = torch.as_tensor(forced, device=scores.device).long()
-                weights = scores.gather(1, chosen)
-                weights = weights / weights.sum(1, keepdim=True) * module.routed_scaling_factor
-                changed = list(output)
-                changed[1], changed[place] = weights.to(output[1].dtype), chosen.to(output[place].dtype)
-                output = changed = tuple(changed)
+                chosen = torch.as_tensor(forced, device=scores.device).to(chosen.dtype)
+                of_chosen = scores.gather(1, chosen.long())
+                weights = (of_chosen / of_chosen.sum(1, keepdim=True) * scaling).to(weights.dtype)
             trace[f"{name}.scores"] = scores.cpu().numpy()
-            trace[f"{name}.weights"] = output[1].float().cpu().numpy()
-            trace[f"{name}.chosen"] = output[place].cpu().numpy()
-            return changed
+            trace[f"{name}.weights"] = weights.float().cpu().numpy()
+            trace[f"{name}.chosen"] = chosen.cpu().numpy()
+            return chosen, weights
 
-        return hook
+        return route
+
+    @staticmethod
+    def _after_gate(route: Callable, gate: Any, args: tuple, output: tuple) -> tuple:
+        """A hook for gates that choose: they return (indices, weights) in version 4, (logits, weights, indices) in
+        later ones of version 5."""
+        place = next(index for index, part in enumerate(output) if not part.is_floating_point())
+        changed = list(output)
+        changed[place], changed[1] = route(gate, gate.routed_scaling_factor, args[0], output[place], output[1])
+        return tuple(changed)
+
+    @staticmethod
+    def _before_experts(route: Callable, mlp: Any, experts: Any, args: tuple) -> tuple:
+        """A hook for the first ones of version 5, where the gate gives logits and the layer around it chooses."""
+        hidden, chosen, weights = args
+        return hidden, *route(mlp.gate, mlp.routed_scaling_factor, hidden, chosen, weights)
 
     def greedy(self, prompt: list[int], new: int) -> list[int]:
         """The most likely tokens after a prompt, with its cache."""

@@ -76,7 +76,7 @@ class Started:
         self.outputs = [run_dir.with_name(f"{run_dir.name}_{number}.out") for number in range(count)]
         shared = {
             **cpu_devices(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(config.parent / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
