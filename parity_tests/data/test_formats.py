@@ -167,7 +167,7 @@ def test_bad_rows_are_named_and_spoil_no_other(name, content, texts, said, tmp_p
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "a.jsonl is UTF-16, not UTF-8: convert it"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16-be"), "UTF-16"),
         ("a.csv", "text\nx\n".encode("utf-32"), "UTF-32"),
-        ("a.jsonl.gz", gzip.compress('{"text": "x"}\n'.encode("utf-16")), "UTF-16"),
+        ("a.jsonl.gz", gzip.compress('{"text": "x"}\n'.encode("utf-16"), mtime=0), "UTF-16"),  # the same in all workers
         ("a.json", b'{\n  "text": "x"\n}\n', "one JSON object over several lines; give an array of objects"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz can't be read as jsonl.gz: BadGzipFile"),
         ("a.txt.zst", b"text", "can't be read as txt.zst"),
