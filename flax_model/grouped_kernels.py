@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     """What one program of a kernel works on at a time."""
 
     columns: int
-    """Of its result, at most; the largest power of two that divides the size is taken."""
+    """Of its result, at most (`_parts`)."""
     depth: int
     """Summed over at a time, at most."""
     warps: int
@@ -45,10 +45,10 @@ class Tile(NamedTuple):
 
 TILES = {
     "gate_up": Tile(128, 64, 8, 4),
-    "down": Tile(64, 64, 4, 3),
-    "d_activation": Tile(64, 64, 8, 3),
-    "d_rows": Tile(64, 64, 4, 3),
-    "d_weight": Tile(128, 64, 8, 2),
+    "down": Tile(192, 64, 8, 4),
+    "d_activation": Tile(256, 64, 8, 3),
+    "d_rows": Tile(192, 32, 4, 4),
+    "d_weight": Tile(192, 32, 8, 4),
 }
 """By kernel, the fastest of five or six tried on an H100 (docs/performance.md). In `d_weight`, `columns` are of both of
 a weight's dimensions."""
@@ -62,6 +62,29 @@ def takes(hidden: int, ffn: int) -> bool:
 def _tile(size: int, limit: int) -> int:
     """The largest power of two that divides a size, up to a limit."""
     return min(size & -size, limit)
+
+
+class Parts(NamedTuple):
+    """How a program cuts its columns: Triton's tiles are powers of two, and 576 columns are not a multiple of 128 but
+    three times three parts of 64, each multiplied with the same tile of rows."""
+
+    width: int
+    count: int
+
+    @property
+    def columns(self) -> int:
+        return self.width * self.count
+
+    def of(self, program) -> list[pl.Slice]:
+        """The slices of a program's parts."""
+        return [pl.ds((program * self.count + part) * self.width, self.width) for part in range(self.count)]
+
+
+def _parts(size: int, limit: int) -> Parts:
+    """As many equal parts as the limit allows, of the largest power of two that divides the size."""
+    width = _tile(size, limit)
+    count = next(count for count in range(limit // width, 0, -1) if size // width % count == 0)
+    return Parts(width, count)
 
 
 def _dot(a: Array, b: Array, trans_a: bool = False, trans_b: bool = False) -> Array:
@@ -83,14 +106,28 @@ def _call(kernel, grid: tuple[int, ...], tile: Tile, outputs, name: str, interpr
     )
 
 
+import os
+FIRST = os.environ.get("FIRST", "1") == "1"
+WFIRST = os.environ.get("WFIRST", "0") == "1"
+
+
+def _grid(tiles: int, blocks: int) -> tuple[int, int]:
+    return (tiles, blocks) if FIRST else (blocks, tiles)
+
+
+def _program():
+    a, b = pl.program_id(0), pl.program_id(1)
+    return (a, b) if FIRST else (b, a)
+
+
 def _rows_of(block) -> pl.Slice:
     return pl.ds(block * ROW_BLOCK, ROW_BLOCK)
 
 
 def _gate_up_kernel(expert, rows, weights, gate, up, activation, *products, columns: int, depth: int):
     """Products are written where asked for: the backward pass makes them again otherwise."""
-    block, at = pl.program_id(0), pl.ds(pl.program_id(1) * columns, columns)
-    e = expert[block]
+    tile, block = _program()
+    at, e = pl.ds(tile * columns, columns), expert[block]
 
     def step(k, sums):
         inner = pl.ds(k * depth, depth)
@@ -111,61 +148,46 @@ def _gate_up_kernel(expert, rows, weights, gate, up, activation, *products, colu
     activation[_rows_of(block), at] = (silu * raised.astype(zero.dtype) * weight).astype(activation.dtype)
 
 
-def _product_kernel(expert, *refs, pairs: int, columns: int, depth: int, transposed: bool):
+def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transposed: bool):
     """out = sum over pairs of rows @ weight (or its transpose), each block with its expert's weight."""
     operands, weights, out = refs[:pairs], refs[pairs : 2 * pairs], refs[-1]
-    block, at = pl.program_id(0), pl.ds(pl.program_id(1) * columns, columns)
-    e = expert[block]
+    tile, block = _program()
+    columns, e = parts.of(tile), expert[block]
 
-    def step(k, total):
+    def step(k, totals):
         inner = pl.ds(k * depth, depth)
         for rows, weight in zip(operands, weights, strict=True):
-            w = weight[e, at, inner] if transposed else weight[e, inner, at]
-            total = total + _dot(rows[_rows_of(block), inner], w, trans_b=transposed)
-        return total
+            r = rows[_rows_of(block), inner]
+            tiles = [weight[e, at, inner] if transposed else weight[e, inner, at] for at in columns]
+            totals = tuple(
+                total + _dot(r, tile, trans_b=transposed) for total, tile in zip(totals, tiles, strict=True)
+            )
+        return totals
 
-    zero = jnp.zeros((ROW_BLOCK, columns), jnp.promote_types(out.dtype, jnp.float32))
-    out[_rows_of(block), at] = jax.lax.fori_loop(0, operands[0].shape[1] // depth, step, zero).astype(out.dtype)
-
-
-def _d_activation_kernel(
-    expert, d_out, down, gated, raised, weights, d_gated, d_raised, activation, d_weight, *, columns: int, depth: int
-):
-    """The gradient through the down projection and the activation; `d_weight` gets one column a tile of columns."""
-    block, tile = pl.program_id(0), pl.program_id(1)
-    at = pl.ds(tile * columns, columns)
-    e = expert[block]
-
-    def step(k, total):
-        inner = pl.ds(k * depth, depth)
-        return total + _dot(d_out[_rows_of(block), inner], down[e, inner, at])
-
-    wide = jnp.promote_types(d_out.dtype, jnp.float32)
-    zero = jnp.zeros((ROW_BLOCK, columns), wide)
-    d_weighted = jax.lax.fori_loop(0, d_out.shape[1] // depth, step, zero)
-    g, r = gated[_rows_of(block), at].astype(wide), raised[_rows_of(block), at].astype(wide)
-    weight = weights[_rows_of(block)].astype(wide)[:, None]
-    sigmoid = jax.nn.sigmoid(g)
-    silu = g * sigmoid
-    d_weight[tile, _rows_of(block)] = (d_weighted * silu * r).sum(1).astype(d_weight.dtype)
-    d_active = d_weighted * weight
-    # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
-    d_gated[_rows_of(block), at] = (d_active * r * sigmoid * (1 + g * (1 - sigmoid))).astype(d_gated.dtype)
-    d_raised[_rows_of(block), at] = (d_active * silu).astype(d_raised.dtype)
-    activation[_rows_of(block), at] = (silu * r * weight).astype(activation.dtype)
+    zero = jnp.zeros((ROW_BLOCK, parts.width), jnp.promote_types(out.dtype, jnp.float32))
+    totals = jax.lax.fori_loop(0, operands[0].shape[1] // depth, step, (zero,) * parts.count)
+    for at, total in zip(columns, totals, strict=True):
+        out[_rows_of(block), at] = total.astype(out.dtype)
 
 
-def _d_weight_kernel(first_block, left, right, out, *, outputs: int, inputs: int):
+def _d_weight_kernel(first_block, left, right, out, *, outputs: Parts, inputs: Parts, depth: int):
     """out[expert] = sum over the expert's rows of left^T right, a tile of it."""
-    e = pl.program_id(0)
-    row, column = pl.ds(pl.program_id(1) * outputs, outputs), pl.ds(pl.program_id(2) * inputs, inputs)
+    x, y, e = (2, 1, 0) if not WFIRST else (0, 1, 2)
+    e, row_tile, column_tile = pl.program_id(e), pl.program_id(y), pl.program_id(x)
+    tiles = [(row, column) for row in outputs.of(row_tile) for column in inputs.of(column_tile)]
 
-    def step(block, total):
-        return total + _dot(left[_rows_of(block), row], right[_rows_of(block), column], trans_a=True)
+    def step(index, totals):
+        rows = pl.ds(index * depth, depth)
+        lefts, rights = ([ref[rows, at] for at in parts] for ref, parts in ((left, o), (right, i)))
+        pairs = ((a, b) for a in lefts for b in rights)
+        return tuple(total + _dot(a, b, trans_a=True) for total, (a, b) in zip(totals, pairs, strict=True))
 
-    zero = jnp.zeros((outputs, inputs), jnp.promote_types(left.dtype, jnp.float32))
-    total = jax.lax.fori_loop(first_block[e], first_block[e + 1], step, zero)
-    out[e, row, column] = total.astype(out.dtype)
+    o, i = outputs.of(row_tile), inputs.of(column_tile)
+    zero = jnp.zeros((outputs.width, inputs.width), jnp.promote_types(left.dtype, jnp.float32))
+    steps = ROW_BLOCK // depth
+    totals = jax.lax.fori_loop(first_block[e] * steps, first_block[e + 1] * steps, step, (zero,) * len(tiles))
+    for (row, column), total in zip(tiles, totals, strict=True):
+        out[e, row, column] = total.astype(out.dtype)
 
 
 def _gate_up(blocks, rows, weights, gate, up, keep: bool, interpret: bool):
@@ -173,40 +195,53 @@ def _gate_up(blocks, rows, weights, gate, up, keep: bool, interpret: bool):
     columns, depth = _tile(ffn, tile.columns), _tile(rows.shape[1], tile.depth)
     outputs = (jax.ShapeDtypeStruct((rows.shape[0], ffn), rows.dtype),) * (3 if keep else 1)
     kernel = partial(_gate_up_kernel, columns=columns, depth=depth)
-    run = _call(kernel, (len(blocks.expert), ffn // columns), tile, outputs, "experts_gate_up", interpret)
+    run = _call(kernel, _grid(ffn // columns, len(blocks.expert)), tile, outputs, "experts_gate_up", interpret)
     return run(blocks.expert, rows, weights, gate, up)
 
 
 def _product(blocks, operands, weights, transposed: bool, name: str, interpret: bool):
     tile = TILES[name]
     size, inner = weights[0].shape[1 if transposed else 2], operands[0].shape[1]
-    columns, depth = _tile(size, tile.columns), _tile(inner, tile.depth)
+    parts, depth = _parts(size, tile.columns), _tile(inner, tile.depth)
     output = jax.ShapeDtypeStruct((operands[0].shape[0], size), operands[0].dtype)
-    kernel = partial(_product_kernel, pairs=len(operands), columns=columns, depth=depth, transposed=transposed)
-    run = _call(kernel, (len(blocks.expert), size // columns), tile, output, f"experts_{name}", interpret)
+    kernel = partial(_product_kernel, pairs=len(operands), parts=parts, depth=depth, transposed=transposed)
+    run = _call(kernel, _grid(size // parts.columns, len(blocks.expert)), tile, output, f"experts_{name}", interpret)
     return run(blocks.expert, *operands, *weights)
 
 
-def _d_activation(blocks, d_out, down, gated, raised, weights, interpret: bool):
-    tile, ffn = TILES["d_activation"], down.shape[2]
-    columns, depth = _tile(ffn, tile.columns), _tile(d_out.shape[1], tile.depth)
-    rowwise = jax.ShapeDtypeStruct(gated.shape, gated.dtype)
-    wide = jnp.promote_types(d_out.dtype, jnp.float32)
-    outputs = rowwise, rowwise, rowwise, jax.ShapeDtypeStruct((ffn // columns, len(d_out)), wide)
-    kernel = partial(_d_activation_kernel, columns=columns, depth=depth)
-    run = _call(kernel, (len(blocks.expert), ffn // columns), tile, outputs, "experts_d_activation", interpret)
-    *gradients, d_weight = run(blocks.expert, d_out, down, gated, raised, weights)
-    return *gradients, d_weight.sum(0)
+def _through_activation(d_weighted, gated, raised, weights):
+    """Gradients of `gated`, `raised` and the rows' weights from that of silu(gated) * raised * weight, and this value
+    itself, which the gradient of the down projection takes."""
+    wide = jnp.promote_types(gated.dtype, jnp.float32)
+    dtype, weight = gated.dtype, weights.astype(wide)[:, None]
+    d_weighted, gated, raised = (x.astype(wide) for x in (d_weighted, gated, raised))
+    sigmoid = jax.nn.sigmoid(gated)
+    silu = gated * sigmoid
+    d_weights = (d_weighted * silu * raised).sum(1)
+    d_active = d_weighted * weight
+    # silu'(g) = sigmoid + g sigmoid (1 - sigmoid)
+    d_gated = d_active * raised * sigmoid * (1 + gated * (1 - sigmoid))
+    rowwise = d_gated, d_active * silu, silu * raised * weight
+    return *(x.astype(dtype) for x in rowwise), d_weights
 
 
 def _d_weight(blocks, left, right, like, interpret: bool):
     tile = TILES["d_weight"]
     experts, size, inner = like.shape
-    outputs, inputs = _tile(size, tile.columns), _tile(inner, tile.columns)
-    kernel = partial(_d_weight_kernel, outputs=outputs, inputs=inputs)
-    grid = experts, size // outputs, inner // inputs
+    outputs, inputs = _d_weight_parts(size, inner, tile.columns)
+    kernel = partial(_d_weight_kernel, outputs=outputs, inputs=inputs, depth=_tile(ROW_BLOCK, tile.depth))
+    grid = experts, size // outputs.columns, inner // inputs.columns
+    grid = grid[::-1] if WFIRST else grid
     output = jax.ShapeDtypeStruct(like.shape, like.dtype)
     return _call(kernel, grid, tile, output, "experts_d_weight", interpret)(blocks.first_block, left, right)
+
+
+def _d_weight_parts(outputs: int, inputs: int, limit: int) -> tuple[Parts, Parts]:
+    """Of both dimensions of a weight; several parts of the one alone that has the narrower ones."""
+    widths = _tile(outputs, 128), _tile(inputs, 128)
+    if widths[0] < widths[1]:
+        return _parts(outputs, limit), Parts(widths[1], 1)
+    return Parts(widths[0], 1), _parts(inputs, limit)
 
 
 class Blocks(NamedTuple):
@@ -275,7 +310,8 @@ def _backward(remat, interpret, saved, upstream):
     d_out = _rows(upstream, blocks.source // weights.shape[1])
     g, u, d = (weight.astype(x.dtype) for weight in (gate, up, down))
     gated, raised = products or _gate_up(blocks, rows, row_weights, g, u, True, interpret)[1:]
-    d_gated, d_raised, activation, d_weights = _d_activation(blocks, d_out, d, gated, raised, row_weights, interpret)
+    d_weighted = _product(blocks, (d_out,), (d,), False, "d_activation", interpret)
+    d_gated, d_raised, activation, d_weights = _through_activation(d_weighted, gated, raised, row_weights)
     d_rows = _product(blocks, (d_gated, d_raised), (g, u), False, "d_rows", interpret)
     d_gate, d_up, d_down = (
         _d_weight(blocks, left, right, like, interpret)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from torch_ref.checkpoint import SUFFIX, Checkpoints
 from torch_ref.cpu import return_freed_blocks
+from torch_ref.cuda_graph import RecordedObjective, can_be_recorded, recorded_checked
 from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, sent_to_host, trace
-from torch_ref.model import Model, objective
+from torch_ref.model import Model, Parts, objective
 from torch_ref.moe import MoE, updated_balance_bias
 from torch_ref.processes import agree
 from torch_ref.self_check import compile_checked, fused_adamw, self_checked
@@ -76,6 +77,8 @@ class TorchBackend:
         self._optimizer = self._make_optimizer()
         self._steps = 0
         self._compile_unchecked = self.compute.compile == "on"
+        self._recorded: RecordedObjective | None = None
+        self._records = True
         self._checkpoints = Checkpoints()
 
     def _make_optimizer(self) -> torch.optim.AdamW:
@@ -155,12 +158,12 @@ class TorchBackend:
         batch = self._put(batch[:, :, self.processes.rows(self._rows_per_pass)])
         if self._compile_unchecked:
             self.compute, self._compile_unchecked = compile_checked(self.compute, self.model, batch[0, 0]), False
+        gradient = self._recorded_for(*batch[:, 0]) or self._gradient
         loss = balance = counts = 0
         for number, (micro_inputs, micro_targets) in enumerate(batch.unbind(1), 1):
             if self._is_split:  # gradients of micro-batches are summed here first, and then over processes
                 self.model.set_requires_gradient_sync(number == batch.shape[1])
-            total, parts = objective(self.model, micro_inputs, micro_targets, self.compute, tokens, rows)
-            total.backward()
+            parts = gradient(micro_inputs, micro_targets, tokens, rows)
             loss, balance = loss + parts.loss_sum, balance + parts.balance_sum
             counts = counts + parts.expert_counts
 
@@ -195,6 +198,22 @@ class TorchBackend:
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> StepResult:
         return self.begin_step(inputs, targets)()
+
+    def _gradient(self, inputs: Tensor, targets: Tensor, target_count: int, sequence_count: int) -> Parts:
+        """Add a micro-batch's share to the parameters' gradients."""
+        total, parts = objective(self.model, inputs, targets, self.compute, target_count, sequence_count)
+        total.backward()
+        return parts
+
+    def _recorded_for(self, inputs: Tensor, targets: Tensor) -> RecordedObjective | None:
+        """`_gradient` as one CUDA graph for micro-batches of this shape, where it can be one."""
+        if not (self._records and can_be_recorded(self.model_config, self.compute, self._device)):
+            return None
+        if self._recorded is None or self._recorded.made_for != (inputs.shape, self.compute):
+            self._recorded = None  # frees its memory first
+            self._recorded = recorded_checked(self.model, inputs, targets, self.compute)
+            self._records = self._recorded is not None
+        return self._recorded
 
     def _sum_over_processes(
         self, gradients: list[Tensor], loss: Tensor, balance: Tensor, counts: Tensor

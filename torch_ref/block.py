@@ -79,7 +79,7 @@ def run_layers(
     training = torch.is_grad_enabled()
     one_layer = compiled_layer() if compute.compile == "on" and training else run_layer
     if compute.remat == "layers" and training:
-        one_layer = partial(checkpoint, one_layer, use_reentrant=False)
+        one_layer = partial(checkpoint, one_layer, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
     reports, layers = [], []
     for block in blocks:
         x, moe = one_layer(block, x, rope, compute, documents)

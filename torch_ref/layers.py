@@ -31,7 +31,12 @@ def product(
 def wide_product(
     x: Float[Tensor, "*batch rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*batch rows outputs"]:
-    """`product` in float32 or wider: in bfloat16 torch rounds what it has summed, which is then widened."""
+    """x @ weight.T as it is summed, in float32 or wider, on CUDA. Elsewhere torch rounds a bfloat16 product, which is then
+    widened, as is one that takes part in a backward pass: torch has none for the other."""
+    weight = weight.to(x.dtype)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda and x.dtype == torch.bfloat16 and not recorded:
+        return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
     return wide(product(x, weight))
 
 

@@ -9,12 +9,16 @@ Twins: `torch_ref/loss.py`, `flax_model/loss.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from torch_ref.block import COMPILER
 from torch_ref.cpu import operand
-from torch_ref.layers import wide
+from torch_ref.layers import wide, wide_product
 from torch_ref.spec.interface import IGNORE
 
 
@@ -28,14 +32,38 @@ def cross_entropy_plain(
     hidden: Float[Tensor, "tokens hidden"], embedding: Float[Tensor, "vocab hidden"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, ""]:
     """Sum over scored targets of -log softmax(hidden @ embedding.T)[target], in nats: the oracle of `cross_entropy`."""
-    return token_losses(wide(hidden @ embedding.to(hidden.dtype).T), targets).sum()
+    return token_losses(wide_product(hidden, embedding), targets).sum()
+
+
+def softmax_gradient(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], dtype: torch.dtype
+) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
+    """Sum of the losses, and their gradient: softmax - one-hot, and zero where nothing is scored. Takes `logits` over:
+    uncompiled, one operation after the other writes into them."""
+    scored, column = targets != IGNORE, targets.clamp(min=0)[:, None].long()
+    normaliser = logits.logsumexp(-1)
+    total = torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()
+    if torch.compiler.is_compiling():  # fused into one loop, which a scatter could not be
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == column
+        gradient = (logits - normaliser[:, None]).exp() - one_hot.to(logits.dtype)
+    else:
+        gradient = logits.sub_(normaliser[:, None]).exp_()
+        gradient.scatter_add_(1, column, -torch.ones_like(column, dtype=gradient.dtype))
+    return total, gradient.mul_(scored[:, None]).to(dtype)
+
+
+@cache
+def compiled_softmax_gradient() -> Callable:
+    """`softmax_gradient` compiled: two passes over the logits, for ten of its operations run one by one."""
+    return torch.compile(softmax_gradient, dynamic=False, backend=COMPILER)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, embedding, targets, chunk, recording):
+    def forward(ctx, hidden, embedding, targets, chunk, compiled, recording):
         # `needs_input_grad` alone is true of parameters under `no_grad` too, where no backward pass will come.
         needs_gradient = recording and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        differentiate = compiled_softmax_gradient() if compiled else softmax_gradient
         states, weight = operand(hidden), operand(embedding.to(hidden.dtype))
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         if needs_gradient:
@@ -43,23 +71,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             embedding_gradient = torch.zeros_like(embedding)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            target = targets[part].long()
-            scored = target != IGNORE
-            column = target.clamp(min=0)[:, None]
-            rows = states[part]
-            logits = wide((rows @ weight.T).to(hidden.dtype))
-            normaliser = logits.logsumexp(-1)
-            total += torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()
-            if needs_gradient:  # d loss / d logits = softmax - one-hot, and zero where nothing is scored
-                gradient = logits.sub_(normaliser[:, None]).exp_()
-                gradient.scatter_add_(1, column, -torch.ones_like(column, dtype=gradient.dtype))
-                gradient.mul_(scored[:, None])
-                gradient = operand(gradient.to(hidden.dtype))
-                hidden_gradient[part] = gradient @ weight
-                if embedding.dtype == gradient.dtype:
-                    embedding_gradient.addmm_(gradient.T, rows)
-                else:
-                    embedding_gradient += (gradient.T @ rows).to(embedding.dtype)
+            rows, target = states[part], targets[part]
+            logits = wide_product(rows, weight)
+            if not needs_gradient:
+                total += token_losses(logits, target).sum()
+                continue
+            loss, gradient = differentiate(logits, target, hidden.dtype)
+            total += loss
+            gradient = operand(gradient)
+            hidden_gradient[part] = gradient @ weight
+            if embedding.dtype == gradient.dtype:
+                embedding_gradient.addmm_(gradient.T, rows)
+            else:
+                embedding_gradient += wide_product(gradient.T, rows.T).to(embedding.dtype)
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient, embedding_gradient)
         return total
@@ -68,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden_gradient, embedding_gradient = ctx.saved_tensors
         scaled = (wide(hidden_gradient) * upstream).to(hidden_gradient.dtype)
-        return scaled, embedding_gradient * upstream, None, None, None
+        return scaled, embedding_gradient * upstream, None, None, None, None
 
 
 def cross_entropy(
@@ -76,9 +100,11 @@ def cross_entropy(
     embedding: Float[Tensor, "vocab hidden"],
     targets: Int[Tensor, " tokens"],
     chunk: int = 512,
+    compiled: bool = False,
 ) -> Float[Tensor, ""]:
-    """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time."""
-    return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk, torch.is_grad_enabled())
+    """`cross_entropy_plain` with the logits of at most `chunk` tokens at a time, and their gradient by
+    `compiled_softmax_gradient` if asked for."""
+    return _ChunkedCrossEntropy.apply(hidden, embedding, targets, chunk, compiled, torch.is_grad_enabled())
 
 
 def row_losses(
@@ -91,6 +117,5 @@ def row_losses(
     weight = operand(embedding.to(hidden.dtype))
     losses = []
     for states, scored in zip(operand(hidden).flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True):
-        logits = wide((states @ weight.T).to(hidden.dtype))
-        losses.append(token_losses(logits, scored))
+        losses.append(token_losses(wide_product(states, weight), scored))
     return torch.cat(losses).view(targets.shape).sum(1)

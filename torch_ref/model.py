@@ -120,8 +120,8 @@ def objective(
     inputs: Int[Tensor, "batch seq"],
     targets: Int[Tensor, "batch seq"],
     compute: ComputeConfig,
-    target_count: int,
-    sequence_count: int,
+    target_count: int | Float[Tensor, ""],
+    sequence_count: int | Float[Tensor, ""],
 ) -> tuple[Float[Tensor, ""], Parts]:
     """This micro-batch's share of the step's objective: mean next-token loss plus the balance loss.
 
@@ -130,7 +130,8 @@ def objective(
     """
     output = model(inputs, compute)
     hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-    loss_sum = cross_entropy(hidden, model.embed_tokens.weight, targets.reshape(-1), compute.loss_chunk)
+    compiled = compute.compile == "on"
+    loss_sum = cross_entropy(hidden, model.embed_tokens.weight, targets.reshape(-1), compute.loss_chunk, compiled)
     balance_sum = output.balance_loss.sum()
     total = loss_sum / target_count + model.config.balance_loss_coef * balance_sum / sequence_count
     return total, Parts(loss_sum.detach(), balance_sum.detach(), output.expert_counts)

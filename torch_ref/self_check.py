@@ -20,6 +20,7 @@ from torch import Tensor
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
 from torch_ref.block import Block, compiled_layer, run_layer
 from torch_ref.layers import wide
+from torch_ref.loss import cross_entropy
 from torch_ref.model import Model, document_numbers
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
@@ -148,6 +149,28 @@ def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "bat
             error = (wide(a) - wide(b)).norm(dim=-1) / wide(b).norm(dim=-1) if per_token else (a - b).norm() / b.norm()
             if not float(error.flatten().sort().values[int(0.9 * error.numel())]) <= (tolerance if per_token else 0.5):
                 return f"{('output', 'gradient')[index > 0]} of a compiled layer is wrong"
+    return _compiled_loss_error(compute, model, tokens)
+
+
+def _compiled_loss_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> str | None:
+    """Why the loss's compiled gradient cannot be used, or None."""
+    embedding = model.embed_tokens.weight.detach()
+    targets, chunk = tokens.flatten()[: compute.loss_chunk], compute.loss_chunk
+    hidden = torch.randn(len(targets), embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    operands = [hidden.to(embedding.device, getattr(torch, compute.dtype)), embedding]
+
+    def run(compiled: bool) -> list[Tensor]:
+        leaves = [operand.clone().requires_grad_() for operand in operands]
+        loss = cross_entropy(*leaves, targets, chunk, compiled)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    try:
+        got = run(compiled=True)
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    for what, a, b in zip(("loss", "gradient", "gradient"), got, run(compiled=False), strict=True):
+        if not float((wide(a) - wide(b)).norm() / wide(b).norm()) <= {"bfloat16": 1e-2}.get(compute.dtype, 1e-4):
+            return f"{what} of the compiled loss is wrong"
     return None
 
 

@@ -3,6 +3,7 @@ kernels take, the update that the device decides about, and the rotary table kep
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jaxtyping
@@ -16,7 +17,8 @@ import torch
 from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, batch
 from torch_ref import backend as torch_backend
 from torch_ref import block as torch_block
-from torch_ref import grouped_experts, model, moe, self_check
+from torch_ref import cuda_graph, grouped_experts, model, moe, self_check
+from torch_ref import loss as torch_loss
 from torch_ref.backend import TorchBackend
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import IGNORE
@@ -30,11 +32,17 @@ def tracing(monkeypatch):
     how often that happened, and why it was given up."""
     monkeypatch.setattr(torch_block, "COMPILER", "aot_eager")
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    torch_block.compiled_layer.cache_clear()
+    monkeypatch.setattr(torch_loss, "COMPILER", "aot_eager")
+    forget()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
-    torch_block.compiled_layer.cache_clear()
+    forget()
+
+
+def forget(made=(torch_block.compiled_layer, torch_loss.compiled_softmax_gradient)):
+    for each in made:
+        each.cache_clear()
 
 
 def trained(dtype, compile, steps=2, **compute):
@@ -46,13 +54,14 @@ def trained(dtype, compile, steps=2, **compute):
 
 @pytest.mark.parametrize("remat", ["off", "experts", "layers"])
 def test_a_layer_is_compiled_whole_and_once_for_all_layers(tracing, monkeypatch, remat):
-    """With the grouped kernels, as on CUDA: no break in a layer, one graph for each kind of layer, the same bits."""
+    """With the grouped kernels, as on CUDA: no break in a layer, one graph for each kind of layer and one for the loss,
+    the same bits."""
     monkeypatch.setattr(grouped_experts, "_all_at_once", lambda x, gate: True)
     monkeypatch.setattr("torch_ref.cpu.HALF_PRODUCTS", True)
     expected, reports = trained("bfloat16", "off", remat=remat)
     compiled, compiled_reports = trained("bfloat16", "on", remat=remat)
     assert compiled.compute.compile == "on"
-    assert not tracing["graph_break"] and tracing["stats"]["unique_graphs"] == 2
+    assert not tracing["graph_break"] and tracing["stats"]["unique_graphs"] == 3
     assert [report.loss for report in compiled_reports] == [report.loss for report in reports]
     for name, tensor in arrays(compiled.state()).items():
         np.testing.assert_array_equal(tensor, arrays(expected.state())[name], err_msg=name)
@@ -127,7 +136,114 @@ def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
         assert trained("float32", "on", steps=1)[0].compute.compile == "off"
 
 
-def test_a_right_compiled_layer_is_checked_once(monkeypatch):
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_a_compiled_loss_that_is_wrong_is_not_used(tracing, monkeypatch, wrong):
+    def compiled(logits, targets, dtype):
+        loss, gradient = torch_loss.softmax_gradient(logits, targets, dtype)
+        return (1.1 * loss, gradient) if wrong == "loss" else (loss, 1.1 * gradient)
+
+    monkeypatch.setattr(torch_loss, "compiled_softmax_gradient", lambda: compiled)
+    with pytest.warns(UserWarning, match=f"--compile on: {wrong} of the compiled loss is wrong"):
+        assert trained("float32", "on", steps=1)[0].compute.compile == "off"
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """A stand-in for CUDA's graphs: a replay runs the pass again, into the tensors of the recorded one. What it counts
+    are recordings and replays."""
+    calls = Counter()
+
+    def tensors(results):
+        parts, gradients = results
+        return [*parts, *gradients]
+
+    def record(run):
+        calls["recordings"] += 1
+        results = run()
+
+        def replay():
+            calls["replays"] += 1
+            parameters = calls.model.parameters()
+            before = [parameter.grad for parameter in parameters]
+            calls.model.zero_grad(set_to_none=True)
+            for kept, new in zip(tensors(results), tensors(run()), strict=True):
+                kept.copy_(new)
+            for parameter, gradient in zip(calls.model.parameters(), before, strict=True):
+                parameter.grad = gradient
+
+        return replay, results
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "aside", nullcontext)
+    monkeypatch.setattr(torch_backend, "can_be_recorded", lambda *_: True)
+    return calls
+
+
+def recorded(recording, micro_batch_size, steps=3):
+    optimizer = replace(OPTIMIZER, micro_batch_size=micro_batch_size)
+    made = TorchBackend(MODEL, replace(COMPUTE, dtype="float64"), optimizer, "cpu")
+    recording.model = made.model
+    made.init(0)
+    return made, [made.step(*batch(seed)) for seed in range(steps)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2, 1])
+def test_recorded_steps_are_the_steps_themselves(recording, monkeypatch, micro_batch_size):
+    """Whole batches and micro-batches that add up: recorded once, and replayed for every one of them."""
+    rows = len(batch(0)[0])
+    made, reports = recorded(recording, micro_batch_size)
+    assert recording == {"recordings": 1, "replays": 1 + 3 * rows // micro_batch_size}
+    monkeypatch.setattr(torch_backend, "can_be_recorded", lambda *_: False)
+    expected, expected_reports = recorded(recording, micro_batch_size)
+    for ours, theirs in zip(reports, expected_reports, strict=True):
+        assert (ours.loss, ours.balance_loss, ours.grad_norm) == (theirs.loss, theirs.balance_loss, theirs.grad_norm)
+        np.testing.assert_array_equal(ours.expert_counts, theirs.expert_counts)
+    expected_state = arrays(expected.state())
+    for name, tensor in arrays(made.state()).items():
+        np.testing.assert_array_equal(tensor, expected_state[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "fault, problem",
+    [
+        ("stale batch", "not those of the pass itself"),
+        ("a gradient not written", "not those of the pass itself"),
+        ("not recorded", "operation not permitted when stream is capturing"),
+    ],
+)
+def test_a_recording_that_is_wrong_is_not_used(recording, monkeypatch, fault, problem):
+    stand_in = cuda_graph.record
+
+    def record(run):
+        if fault == "not recorded":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
+        if fault == "stale batch":
+            return lambda: None, run()
+        replay, results = stand_in(run)
+        return lambda: (replay(), results[1][0].zero_()), results
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    with pytest.warns(UserWarning, match=f"one CUDA graph .*{problem}"):
+        made, reports = recorded(recording, 4)
+    assert made._recorded is None
+    monkeypatch.setattr(torch_backend, "can_be_recorded", lambda *_: False)
+    _, expected = recorded(recording, 4)
+    assert [report.loss for report in reports] == [report.loss for report in expected]
+
+
+def test_what_can_be_recorded():
+    """Compiled layers on CUDA whose experts ask the host for nothing."""
+    cuda, config = torch.device("cuda"), PRESETS["smol-774m"]
+    compute = replace(COMPUTE, dtype="bfloat16", moe="grouped", compile="on")
+    assert cuda_graph.can_be_recorded(config, compute, cuda)
+    assert cuda_graph.can_be_recorded(config, replace(compute, dtype="float32", moe="dense"), cuda)
+    assert not cuda_graph.can_be_recorded(config, replace(compute, dtype="float32"), cuda)
+    assert not cuda_graph.can_be_recorded(replace(config, moe_intermediate_size=1500), compute, cuda)
+    assert not cuda_graph.can_be_recorded(config, replace(compute, compile="off"), cuda)
+    assert not cuda_graph.can_be_recorded(config, compute, torch.device("cpu"))
+
+
+def test_a_right_compiled_layer_is_checked_once(tracing, monkeypatch):
     calls = []
     monkeypatch.setattr(self_check, "compiled_layer", lambda: calls.append(1) or torch_block.run_layer)
     monkeypatch.setattr(torch_block, "compiled_layer", lambda: torch_block.run_layer)

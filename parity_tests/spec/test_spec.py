@@ -247,6 +247,7 @@ OTHER_ARGUMENTS = {
     "attend_latents": "torch writes into the layer's part of the cache; Flax returns the cache of all layers",
     "feed_forward": "Flax reads the chosen experts out of the stack",
     "chosen_experts": "the same",
+    "cross_entropy": "torch compiles its gradient, if asked to; Flax has compiled it in any case",
     "cast_weights": "torch changes the model; Flax takes a tree and returns one",
 }
 """Public functions that take other arguments in the two frameworks, and why."""
