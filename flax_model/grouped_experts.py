@@ -104,7 +104,7 @@ def _grouped_forward(remat, x, chosen, weights, gate, up, down):
     routing weight enters before the down projection, so the backward pass never needs the experts' outputs."""
     tokens, topk = chosen.shape
     sizes = chunk_sizes(tokens, gate.shape[0], topk)
-    chunks = _cut(chosen, gate.shape[0], sizes[-1])
+    chunks = checkpoint_name(_cut(chosen, gate.shape[0], sizes[-1]), "routing")
     rows = x[chunks.order // topk]
     row_weights = _row_weights(weights, chunks, x.dtype)
 

@@ -6,7 +6,8 @@ other forms cost: 500 GB of traffic in a step of 8 x 2048 tokens of `smol-774m`,
 
     forward    gated, raised = rows gate^T, rows up^T;  activation = silu(gated) * raised * weight     one kernel
                out = activation down^T                                                                  one kernel
-    backward   d_activation = d_out down, and through silu to d_gated, d_raised, d_weight              one kernel
+    backward   d_activation = d_out down                                                                one kernel
+               through silu to d_gated, d_raised, d_weight                                              XLA's
                d_rows = d_gated gate + d_raised up                                                      one kernel
                d_gate, d_up, d_down: for each expert the sum over its blocks                            one kernel each
 
@@ -32,26 +33,27 @@ ROW_BLOCK = 128
 
 
 class Tile(NamedTuple):
-    """What one program of a kernel works on at a time."""
+    """What one program of a kernel works on at a time. Programs that share rows run beside each other: columns come
+    first in every grid."""
 
     columns: int
     """Of its result, at most (`_parts`)."""
     depth: int
-    """Summed over at a time, at most."""
+    """Summed over at a time, at most; of float32 half as much, which takes the same memory."""
     warps: int
     stages: int
     """Tiles under way from memory."""
 
 
 TILES = {
-    "gate_up": Tile(128, 64, 8, 4),
-    "down": Tile(192, 64, 8, 4),
+    "gate_up": Tile(64, 64, 4, 3),
+    "down": Tile(192, 64, 4, 4),
     "d_activation": Tile(256, 64, 8, 3),
-    "d_rows": Tile(192, 32, 4, 4),
-    "d_weight": Tile(192, 32, 8, 4),
+    "d_rows": Tile(192, 32, 4, 3),
+    "d_weight": Tile(192, 32, 4, 4),
 }
-"""By kernel, the fastest of five or six tried on an H100 (docs/performance.md). In `d_weight`, `columns` are of both of
-a weight's dimensions."""
+"""By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns` are of
+the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
 
 
 def takes(hidden: int, ffn: int) -> bool:
@@ -87,6 +89,10 @@ def _parts(size: int, limit: int) -> Parts:
     return Parts(width, count)
 
 
+def _depth(size: int, tile: Tile, dtype: jnp.dtype) -> int:
+    return _tile(size, max(16, tile.depth * 2 // jnp.dtype(dtype).itemsize))
+
+
 def _dot(a: Array, b: Array, trans_a: bool = False, trans_b: bool = False) -> Array:
     """In float32 or wider, of float32 without TF32."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
@@ -106,27 +112,13 @@ def _call(kernel, grid: tuple[int, ...], tile: Tile, outputs, name: str, interpr
     )
 
 
-import os
-FIRST = os.environ.get("FIRST", "1") == "1"
-WFIRST = os.environ.get("WFIRST", "0") == "1"
-
-
-def _grid(tiles: int, blocks: int) -> tuple[int, int]:
-    return (tiles, blocks) if FIRST else (blocks, tiles)
-
-
-def _program():
-    a, b = pl.program_id(0), pl.program_id(1)
-    return (a, b) if FIRST else (b, a)
-
-
 def _rows_of(block) -> pl.Slice:
     return pl.ds(block * ROW_BLOCK, ROW_BLOCK)
 
 
 def _gate_up_kernel(expert, rows, weights, gate, up, activation, *products, columns: int, depth: int):
     """Products are written where asked for: the backward pass makes them again otherwise."""
-    tile, block = _program()
+    tile, block = pl.program_id(0), pl.program_id(1)
     at, e = pl.ds(tile * columns, columns), expert[block]
 
     def step(k, sums):
@@ -151,7 +143,7 @@ def _gate_up_kernel(expert, rows, weights, gate, up, activation, *products, colu
 def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transposed: bool):
     """out = sum over pairs of rows @ weight (or its transpose), each block with its expert's weight."""
     operands, weights, out = refs[:pairs], refs[pairs : 2 * pairs], refs[-1]
-    tile, block = _program()
+    tile, block = pl.program_id(0), pl.program_id(1)
     columns, e = parts.of(tile), expert[block]
 
     def step(k, totals):
@@ -172,17 +164,15 @@ def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transpo
 
 def _d_weight_kernel(first_block, left, right, out, *, outputs: Parts, inputs: Parts, depth: int):
     """out[expert] = sum over the expert's rows of left^T right, a tile of it."""
-    x, y, e = (2, 1, 0) if not WFIRST else (0, 1, 2)
-    e, row_tile, column_tile = pl.program_id(e), pl.program_id(y), pl.program_id(x)
-    tiles = [(row, column) for row in outputs.of(row_tile) for column in inputs.of(column_tile)]
+    columns, rows, e = inputs.of(pl.program_id(0)), outputs.of(pl.program_id(1)), pl.program_id(2)
 
     def step(index, totals):
-        rows = pl.ds(index * depth, depth)
-        lefts, rights = ([ref[rows, at] for at in parts] for ref, parts in ((left, o), (right, i)))
-        pairs = ((a, b) for a in lefts for b in rights)
+        inner = pl.ds(index * depth, depth)
+        lefts, rights = [left[inner, at] for at in rows], [right[inner, at] for at in columns]
+        pairs = [(a, b) for a in lefts for b in rights]
         return tuple(total + _dot(a, b, trans_a=True) for total, (a, b) in zip(totals, pairs, strict=True))
 
-    o, i = outputs.of(row_tile), inputs.of(column_tile)
+    tiles = [(row, column) for row in rows for column in columns]
     zero = jnp.zeros((outputs.width, inputs.width), jnp.promote_types(left.dtype, jnp.float32))
     steps = ROW_BLOCK // depth
     totals = jax.lax.fori_loop(first_block[e] * steps, first_block[e + 1] * steps, step, (zero,) * len(tiles))
@@ -192,20 +182,20 @@ def _d_weight_kernel(first_block, left, right, out, *, outputs: Parts, inputs: P
 
 def _gate_up(blocks, rows, weights, gate, up, keep: bool, interpret: bool):
     tile, ffn = TILES["gate_up"], gate.shape[1]
-    columns, depth = _tile(ffn, tile.columns), _tile(rows.shape[1], tile.depth)
+    columns, depth = _tile(ffn, tile.columns), _depth(rows.shape[1], tile, rows.dtype)
     outputs = (jax.ShapeDtypeStruct((rows.shape[0], ffn), rows.dtype),) * (3 if keep else 1)
     kernel = partial(_gate_up_kernel, columns=columns, depth=depth)
-    run = _call(kernel, _grid(ffn // columns, len(blocks.expert)), tile, outputs, "experts_gate_up", interpret)
+    run = _call(kernel, (ffn // columns, len(blocks.expert)), tile, outputs, "experts_gate_up", interpret)
     return run(blocks.expert, rows, weights, gate, up)
 
 
 def _product(blocks, operands, weights, transposed: bool, name: str, interpret: bool):
     tile = TILES[name]
     size, inner = weights[0].shape[1 if transposed else 2], operands[0].shape[1]
-    parts, depth = _parts(size, tile.columns), _tile(inner, tile.depth)
+    parts, depth = _parts(size, tile.columns), _depth(inner, tile, operands[0].dtype)
     output = jax.ShapeDtypeStruct((operands[0].shape[0], size), operands[0].dtype)
     kernel = partial(_product_kernel, pairs=len(operands), parts=parts, depth=depth, transposed=transposed)
-    run = _call(kernel, _grid(size // parts.columns, len(blocks.expert)), tile, output, f"experts_{name}", interpret)
+    run = _call(kernel, (size // parts.columns, len(blocks.expert)), tile, output, f"experts_{name}", interpret)
     return run(blocks.expert, *operands, *weights)
 
 
@@ -229,9 +219,8 @@ def _d_weight(blocks, left, right, like, interpret: bool):
     tile = TILES["d_weight"]
     experts, size, inner = like.shape
     outputs, inputs = _d_weight_parts(size, inner, tile.columns)
-    kernel = partial(_d_weight_kernel, outputs=outputs, inputs=inputs, depth=_tile(ROW_BLOCK, tile.depth))
-    grid = experts, size // outputs.columns, inner // inputs.columns
-    grid = grid[::-1] if WFIRST else grid
+    kernel = partial(_d_weight_kernel, outputs=outputs, inputs=inputs, depth=_depth(ROW_BLOCK, tile, left.dtype))
+    grid = inner // inputs.columns, size // outputs.columns, experts
     output = jax.ShapeDtypeStruct(like.shape, like.dtype)
     return _call(kernel, grid, tile, output, "experts_d_weight", interpret)(blocks.first_block, left, right)
 

@@ -53,8 +53,10 @@ def route(
 ) -> Routing:
     """Choose experts and weigh them, in float32 or wider whatever the dtype of `x`."""
     # In full float32 on GPUs too, where JAX's default is TF32: a choice hangs on it.
-    scores = jax.nn.sigmoid(jnp.matmul(wide(x), wide(router).T, precision=jax.lax.Precision.HIGHEST))
+    logits = jnp.matmul(wide(x), wide(router).T, precision=jax.lax.Precision.HIGHEST)
+    scores = jax.nn.sigmoid(checkpoint_name(logits, "routing"))
     chosen = top_k(jax.lax.stop_gradient(scores) + balance_bias, config.num_experts_per_tok)
+    chosen = checkpoint_name(chosen, "routing")
     weights = jnp.take_along_axis(scores, chosen, axis=1)
     weights = weights / (weights.sum(-1, keepdims=True) + 1e-20) * config.routed_scaling_factor
     return Routing(chosen, weights, scores)
@@ -71,7 +73,7 @@ def sequence_balance_loss(scores: Float[Array, "batch seq experts"], topk: int) 
     batch, seq, experts = scores.shape
     chosen = top_k(jax.lax.stop_gradient(scores).reshape(-1, experts), topk).reshape(batch, -1, 1)
     load = (chosen == jnp.arange(experts)).sum(1).astype(scores.dtype)
-    fraction = load * (experts / (topk * seq))
+    fraction = checkpoint_name(load * (experts / (topk * seq)), "routing")
     probability = (scores / scores.sum(-1, keepdims=True)).mean(1)
     return (fraction * probability).sum(-1)
 
@@ -117,7 +119,7 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     layers can be rematerialised around it)."""
     tokens, topk = routing.chosen.shape
     experts = gate.shape[0]
-    blocks = grouped_kernels.cut_blocks(routing.chosen, experts, BLOCK)
+    blocks = checkpoint_name(grouped_kernels.cut_blocks(routing.chosen, experts, BLOCK), "routing")
     padded = jnp.concatenate((jnp.repeat(x, topk, axis=0), jnp.zeros_like(x[:1])))
     rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
@@ -136,6 +138,7 @@ def experts_pallas(x, routing: Routing, gate, up, down, remat: bool) -> Float[Ar
     """Rows in blocks as in `blocks`, by kernels that read each block's weight in place (`grouped_kernels.py`). Where
     Triton does not compile for, the kernels are interpreted: slow, and good for tests."""
     blocks = grouped_kernels.cut_blocks(routing.chosen, gate.shape[0], grouped_kernels.ROW_BLOCK)
+    blocks = checkpoint_name(blocks, "routing")
 
     def run(interpret: bool, *arrays):
         return grouped_kernels.swiglu_in_blocks(remat, interpret, blocks, *arrays)
