@@ -76,9 +76,9 @@ def run_layers(
         return x, (moe and moe._replace(out=None), x if keep_hidden else None)
 
     # The layer's input is kept by the scan. Of the rest, only what is dear to compute: norms, rotations and gates are
-    # cheaper to repeat than to write and read (3 GB less at 2048 tokens of `smol-774m`). Routing is never
-    # repeated: fused otherwise, it rounds otherwise, and one token that chooses another expert moves the rows of all that
-    # come after it away from the products that were kept.
+    # cheaper to repeat than to write and read (3 GB less at 2048 tokens of `smol-774m`). Routing is never repeated:
+    # fused otherwise, it rounds otherwise, and one token that chooses another expert moves the rows of all that come
+    # after it away from the products that were kept.
     kept = {"off": ("attention", "swiglu", "experts"), "experts": ("attention", "swiglu"), "layers": ()}[compute.remat]
     policy = jax.checkpoint_policies.save_only_these_names("routing", *kept)
     if "attention" in kept:

@@ -52,8 +52,8 @@ TILES = {
     "d_rows": Tile(192, 32, 4, 3),
     "d_weight": Tile(192, 32, 4, 4),
 }
-"""By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns` are of
-the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
+"""By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns` are
+of the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
 
 
 def takes(hidden: int, ffn: int) -> bool:
@@ -151,9 +151,7 @@ def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transpo
         for rows, weight in zip(operands, weights, strict=True):
             r = rows[_rows_of(block), inner]
             tiles = [weight[e, at, inner] if transposed else weight[e, inner, at] for at in columns]
-            totals = tuple(
-                total + _dot(r, tile, trans_b=transposed) for total, tile in zip(totals, tiles, strict=True)
-            )
+            totals = tuple(total + _dot(r, tile, trans_b=transposed) for total, tile in zip(totals, tiles, strict=True))
         return totals
 
     zero = jnp.zeros((ROW_BLOCK, parts.width), jnp.promote_types(out.dtype, jnp.float32))

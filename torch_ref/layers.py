@@ -31,8 +31,8 @@ def product(
 def wide_product(
     x: Float[Tensor, "*batch rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*batch rows outputs"]:
-    """x @ weight.T as it is summed, in float32 or wider, on CUDA. Elsewhere torch rounds a bfloat16 product, which is then
-    widened, as is one that takes part in a backward pass: torch has none for the other."""
+    """x @ weight.T as it is summed, in float32 or wider, on CUDA. Elsewhere torch rounds a bfloat16 product, which is
+    then widened, as is one that takes part in a backward pass: torch has none for the other."""
     weight = weight.to(x.dtype)
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.is_cuda and x.dtype == torch.bfloat16 and not recorded:

@@ -9,6 +9,7 @@ Parts, the most telling first, each a process of its own with the card to itself
     limits      a large matrix product, reading and copying memory, in torch and JAX
     checks      every attention and expert path against the plain one in full float32: output, gradients, time; and
                 torch's compiled layer against the same layer uncompiled
+    layers      Flax's gradients of two layers and the loss, compiled as in a step, by every expert path
     step        whole train steps of Flax, torch_ref and `transformers`: speed, peak memory, and their longest kernels
     parity      the ladder on the card in full float32: Flax against torch, 200 training steps, greedy tokens
     decode      prompts and tokens one by one, alone and in a batch of 64
@@ -40,7 +41,7 @@ from torch_ref.spec.storage import user_path
 from train.bench.cases import Case, with_fractions
 from train.shell import shell
 
-PARTS = ("limits", "checks", "step", "parity", "decode")
+PARTS = ("limits", "checks", "layers", "step", "parity", "decode")
 SYSTEMS = ("flax", "torch_ref", "transformers")
 IMPORTS = {
     "flax": ("jax", "optax", "flax_model.backend"),
@@ -85,6 +86,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         for system in SYSTEMS[:2]
         if system in args.systems
     ]
+    if "flax" in args.systems:
+        made.append(Part("layers flax", "layers", replace(base, system="flax", loss_chunk=4096)))
     for system in args.systems:
         step = replace(base, system=system, tasks=("step", "profile"), loss_chunk=4096)
         variants = {"flax": [{"moe": moe} for moe in args.moe], "torch_ref": [{"compile": on} for on in args.compile]}
