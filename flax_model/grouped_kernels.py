@@ -52,8 +52,8 @@ TILES = {
     "d_rows": Tile(192, 32, 4, 3),
     "d_weight": Tile(192, 32, 4, 4),
 }
-"""By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns` are
-of the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
+"""By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns`
+are of the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
 
 
 def takes(hidden: int, ffn: int) -> bool:
