@@ -1,6 +1,6 @@
 """Flax's backward pass repeats what was not kept, and what is repeated can round otherwise than it did. Routing must
-not be repeated: a token that chose another expert there would move the rows of the tokens after it, in the experts' order,
-away from the products that were kept of them (on an H200 gradients were off by 1.3 times their norm)."""
+not be repeated: a token that chose another expert there would move the rows of the tokens after it, in the experts'
+order, away from the products that were kept of them (on an H200 gradients were off by 1.3 times their norm)."""
 
 from collections import Counter
 from dataclasses import replace
