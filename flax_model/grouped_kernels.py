@@ -63,7 +63,7 @@ def takes(hidden: int, ffn: int) -> bool:
 
 def _tile(size: int, limit: int) -> int:
     """The largest power of two that divides a size, up to a limit."""
-    return min(size & -size, limit)
+    return min(size & -size, 1 << (limit.bit_length() - 1))
 
 
 class Parts(NamedTuple):

@@ -118,7 +118,7 @@ def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path
     assert all((gradient[idle] == 0).all() for gradient in got[3:])
 
 
-def kernel_gradients(dtype, path):
+def kernel_gradients(dtype, path, hidden=32, ffn=48):
     """Output and gradients for inputs of a dtype; loads differ, one expert is idle, one has more than a block."""
     import jax.numpy as jnp
 
@@ -128,9 +128,9 @@ def kernel_gradients(dtype, path):
     chosen = np.sort(np.argsort(generator.random((200, 5)), axis=1)[:, :2] * [1, 0] + [0, 3], axis=1)
     chosen[chosen[:, 0] == 3, 0] = 0  # expert 3 has every token, 4 some, the third none
     chosen[chosen == 2] = 1
-    shapes = ((200, 32), chosen.shape, (5, 48, 32), (5, 48, 32), (5, 32, 48))
+    shapes = ((200, hidden), chosen.shape, (5, ffn, hidden), (5, ffn, hidden), (5, hidden, ffn))
     x, *others = (jnp.asarray(generator.standard_normal(shape) / shape[-1] ** 0.5, "float32") for shape in shapes)
-    upstream = generator.standard_normal((200, 32)).astype("float32")
+    upstream = generator.standard_normal((200, hidden)).astype("float32")
 
     def function(x, weights, gate, up, down):
         routing = moe.Routing(jnp.asarray(chosen), weights, x[:, :1] * 0 + gate[:, 0, 0])
@@ -147,6 +147,31 @@ def test_kernels_in_the_dtypes_of_gpus(dtype):
     pytest.importorskip("flax")
     for got, expected in zip(kernel_gradients(dtype, "pallas"), kernel_gradients(dtype, "dense"), strict=True):
         assert relative_error(got, expected) <= KERNEL_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 128, 144, 192, 256, 448, 512, 576, 640, 1536, 2048])
+@pytest.mark.parametrize("limit", [64, 128, 192, 256])
+def test_programs_share_all_columns(size, limit):
+    pytest.importorskip("flax")
+    from flax_model.grouped_kernels import _parts
+
+    parts = _parts(size, limit)
+    assert parts.width & (parts.width - 1) == 0 and parts.columns <= max(limit, 16) and size % parts.columns == 0
+    assert parts.columns >= min(size & -size, limit // 2)
+
+
+@pytest.mark.parametrize("hidden, ffn", [(144, 64), (64, 144)])
+def test_kernels_of_several_programs_with_several_parts_each(monkeypatch, hidden, ffn):
+    """As 576 columns are three times three parts of 64: here 144 are three times three of 16."""
+    pytest.importorskip("flax")
+    from flax_model import grouped_kernels
+
+    assert grouped_kernels._parts(576, 192) == (64, 3) and grouped_kernels._parts(144, 48) == (16, 3)
+    narrow = {name: tile._replace(columns=48, depth=32) for name, tile in grouped_kernels.TILES.items()}
+    monkeypatch.setattr(grouped_kernels, "TILES", narrow)
+    results = (kernel_gradients("float32", path, hidden, ffn) for path in ("pallas", "dense"))
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) <= KERNEL_BOUNDS["float32"]
 
 
 KERNEL_FAULTS = {
