@@ -99,7 +99,7 @@ def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelCon
     if attention == "auto":
         attention = "cudnn" if half_on_gpu and even_heads else "blocked"
     if moe == "auto":
-        # Of the paths without kernels `dense` was the faster one on an H100, and `blocks` trained worse there.
+        # Of the paths without kernels `dense` was the faster one on an H100.
         moe = "grouped" if on_cpu else "pallas" if has_kernels else "dense"
     for option, path, paths in (("attention", attention, ATTENTION_PATHS), ("moe", moe, EXPERT_PATHS)):
         if path not in paths:

@@ -3,6 +3,7 @@
 
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,28 @@ def test_what_a_kernel_moves_is_what_it_touches() -> None:
     assert moved["kept"] == 16 + 16 + 4  # a row written where it belongs
     assert moved["twice"] == 3 * 128 and moved["attention"] == 256
     assert shape_bytes("(bf16[2,3]{1,0}, /*index=1*/s32[], pred[7]{0}, u8[0]{0})") == 12 + 4 + 7
+
+
+class Compiled:
+    """What XLA gives back, with the program above."""
+
+    def as_text(self) -> str:
+        return PROGRAM
+
+    def memory_analysis(self) -> SimpleNamespace:
+        sizes = {"argument": 128, "temp": 64, "output": 128, "alias": 128}
+        return SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+
+
+def test_time_is_predicted_from_traffic_and_arithmetic() -> None:
+    compiled = pytest.importorskip("train.plan.compiled", reason="JAX is not installed")
+    card = CARDS["h100"]
+    reading = compiled.Reading(compiled.CompiledProgram("train step", 1.0, Compiled()), card, flops=1e12)
+    assert reading.predicted == pytest.approx((reading.moved / 3.35e12 + 1e12 / 989.4e12) / 0.65, rel=1e-3)
+    (line,) = [line for line in reading.lines() if "predicted" in line]
+    assert "1.55 ms without collectives, assumed: " in line and line.endswith("each at 0.65 of those")
+    reading = compiled.Reading(compiled.CompiledProgram("prompt", 1.0, Compiled()), card)
+    assert reading.predicted is None and "predicted" not in "".join(reading.lines())
 
 
 def plan(*flags: str, gpus: str = "1x1x1") -> Plan:

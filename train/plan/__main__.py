@@ -41,7 +41,7 @@ class PlanOptions:
     framework: Framework = "flax"
     """Which of the two trains; they keep different things for the backward pass."""
     mfu: float = 0.4
-    """Assumed speed, as a fraction of the card's peak in the compute dtype. Measured on an H100: 0.17."""
+    """Assumed speed, as a fraction of the card's peak in the compute dtype. Measured on an H200: 0.24 in Flax."""
     price: float | None = None
     """Price of one device for an hour, in any currency; without it no cost is given."""
     network_gbits: float | None = None
