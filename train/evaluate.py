@@ -23,7 +23,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -40,18 +39,16 @@ from train.data.tokenizer import TextTokenizer
 from train.settings import Repeated
 from train.shell import COMPLETE, parse_flags, shell
 from train.state.source import locate
-from train.state.trained import DTypeName, Framework, TrainedModel, open_trained
+from train.state.trained import ModelOptions, TrainedModel
 
 TOKENS_PER_PASS = 4096
 """Positions of one forward pass, or one row if that is longer."""
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(ModelOptions):
     """Score texts, or the answers to multiple-choice questions, with a trained model."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """A run folder, a checkpoint, a transformers folder or a file of final weights."""
     data: tuple[str, ...] = ()
     """Files (docs/data.md has the kinds), folders or globs of texts to score."""
     validation_dataset: Repeated = ()
@@ -64,16 +61,6 @@ class EvaluateOptions:
     """Cut text files into documents of at most so many bytes; 0: a file is a document."""
     seq_len: int | None = None
     """Length of the longest row; None: the model's context."""
-    framework: Framework = "auto"
-    """The framework to run it in. auto: the one that wrote the model."""
-    step: int | None = None
-    """The step of the checkpoint in a run folder; None: the latest."""
-    tokenizer: str | None = None
-    """The tokenizer's folder or name on the Hub; None: the one beside the model."""
-    dtype: DTypeName = "auto"
-    """Precision of the products. auto: bfloat16 on GPUs that have it, else float32."""
-    device: str = "auto"
-    """Where to compute: auto, cuda, mps or cpu."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +246,7 @@ def main(argv: Sequence[str]) -> int:
         for name, files in named.items()
     }
     benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
-    model = open_trained(
-        options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
-    )
+    model = options.open()
     seq_len = options.seq_len or model.config.max_position
     if not 1 <= seq_len <= model.config.max_position:
         raise UserError(f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}")

@@ -14,27 +14,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from torch_ref.spec.interface import Sampling, UserError
 from train.shell import COMPLETE, parse_flags, shell, unicode_text
-from train.state.trained import (
-    DTypeName,
-    Framework,
-    TrainedModel,
-    open_trained,
-)
+from train.state.trained import ModelOptions, TrainedModel
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(ModelOptions):
     """Let a trained model continue a text."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """A run folder, a checkpoint, a transformers folder or a file of final weights."""
     prompt: str | None = None
     """The text to continue; empty: the start of a document. None: standard input, on a terminal one prompt a line."""
     max_new_tokens: int = Sampling.max_new_tokens
@@ -53,16 +44,6 @@ class GenerateOptions:
     """Above 1, tokens that have occurred get less likely."""
     seed: int = 0
     """The same seed gives the same text."""
-    framework: Framework = "auto"
-    """The framework to run it in. auto: the one that wrote the model."""
-    step: int | None = None
-    """The step of the checkpoint in a run folder; None: the latest."""
-    tokenizer: str | None = None
-    """The tokenizer's folder or name on the Hub; None: the one beside the model."""
-    dtype: DTypeName = "auto"
-    """Precision of the products. auto: bfloat16 on GPUs that have it, else float32."""
-    device: str = "auto"
-    """Where to compute: auto, cuda, mps or cpu."""
 
     def sampling(self, stop_token: int) -> Sampling:
         return Sampling(
@@ -162,9 +143,7 @@ def _read(read: Callable[[], str]) -> str:
 def main(argv: Sequence[str]) -> int:
     stream = sys.stdout.isatty()
     options = parse_flags(GenerateOptions, "python -m train.generate", argv, config=(tyro.conf.FlagCreatePairsOff,))
-    model = open_trained(
-        options.model, options.framework, options.step, options.tokenizer, options.dtype, options.device
-    )
+    model = options.open()
     print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
     prompts = ask(sys.stdin.isatty()) if options.prompt is None else [options.prompt]
     for prompt in prompts:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.support.stage import Stage
-from train.run.loop import COMPLETE
+from train.shell import COMPLETE
 
 
 @pytest.fixture

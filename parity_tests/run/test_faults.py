@@ -13,8 +13,8 @@ import pytest
 from parity_tests.support.fakes import small_options
 from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import StepResult, UserError
-from train.run.loop import COMPLETE
 from train.run.runlog import RunLog, read_metrics
+from train.shell import COMPLETE
 from train.state.resume import own_checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

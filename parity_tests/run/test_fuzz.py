@@ -23,10 +23,9 @@ from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import UserError
 from train import plot, runs
 from train.command_line import parse
-from train.run.loop import COMPLETE
 from train.run.options import Options
 from train.run.runlog import METRICS, cut_logs, read_metrics
-from train.shell import shell
+from train.shell import COMPLETE, shell
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 """The same examples each time. 1,500 of each passed when they were written, of damaged logs 300."""

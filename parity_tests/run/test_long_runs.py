@@ -13,7 +13,7 @@ from parity_tests.support.fakes import MODEL, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import UserError
-from train.run.loop import COMPLETE
+from train.shell import COMPLETE
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

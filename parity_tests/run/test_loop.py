@@ -17,12 +17,12 @@ from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.feed import Validation
-from train.run.loop import COMPLETE, FAILED
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
 from train.run.runlog import read_metrics, validation_curves
 from train.run.scoring import fixed_size_parts
+from train.shell import COMPLETE, FAILED
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -14,8 +14,8 @@ from parity_tests.run.test_spikes import prepared
 from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import StepResult
-from train.run.loop import COMPLETE, FAILED
 from train.run.options import Options
+from train.shell import COMPLETE, FAILED
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

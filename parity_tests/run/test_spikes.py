@@ -14,10 +14,10 @@ from parity_tests.harness.kills import MAINS, numbers, settings
 from parity_tests.support.fakes import small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
-from train.run.loop import COMPLETE, FAILED
 from train.run.progress import Progress
 from train.run.runlog import read_metrics
 from train.run.spikes import LEAST, WINDOW, diverged, good_step
+from train.shell import COMPLETE, FAILED
 
 LONG = {"steps": 45, "extended_steps": 5, "eval_interval": 0, "sample_interval": 0, "learning_rate": 1e-4}
 

@@ -18,7 +18,6 @@ A run folder:
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -31,8 +30,10 @@ from train.data.corpus import DataError
 from train.data.feed import HELD_OUT, Data
 from train.data.packing import Batch
 from train.plot import plot_runs
+from train.run import endings
 from train.run.changes import changes_since
 from train.run.clock import Clock
+from train.run.endings import Ending
 from train.run.lr_finder import find_learning_rate
 from train.run.measures import step_measures
 from train.run.options import Options
@@ -45,13 +46,11 @@ from train.run.signals import CLOSED_PIPE, Stop, StopSignals
 from train.run.spikes import ROLLBACKS, diverged, good_step, in_words, roll_back
 from train.run.together import Together, require_same
 from train.run.tracing import Tracing
+from train.shell import COMPLETE
 from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
 
 FINAL_WEIGHTS = "deepseek_final"
-
-COMPLETE, FAILED = 0, 2
-"""Exit codes; a signal adds its number to 128: Ctrl-C 130, SIGTERM 143."""
 
 
 @dataclass(frozen=True)
@@ -437,8 +436,7 @@ class Run:
         self.saver.settle(self.log.say)
         path = self.write_weights(self.run_dir, self.backend)
         self.log.say(f"Final weights saved to: {path}")
-        self._end("complete", f"The run is complete: {self.outcome}")
-        return COMPLETE
+        return self._end(endings.complete(self.outcome))
 
     @property
     def outcome(self) -> str:
@@ -453,54 +451,36 @@ class Run:
     def stop_interrupted(self, number: int, why: str | None = None) -> int:
         if self.step:
             self.save()
-        why = why or f"by {signal.Signals(number).name}"
-        self._end("interrupted", f"Stopped {why} after step {self.step}; the same command goes on from there")
-        return 128 + number
+        return self._end(endings.interrupted(self.step, number, why))
 
     def stop_in_time(self) -> int:
         self.save()
-        limit = f"--max-minutes {self.options.max_minutes:g} have passed"
-        self._end("time is up", f"Stopped after step {self.step}: {limit}; the same command goes on from there")
-        return COMPLETE
+        return self._end(endings.time_is_up(self.step, self.options.max_minutes))
 
     def stop_diverged(self) -> int:
-        """Too many updates in a row were skipped: the weights are still those of the last good step."""
+        """The weights are still those of the last good step."""
         skipped = self.progress.skipped_in_a_row
         self.progress.skipped_in_a_row = 0  # a resumed run may try as many again
         self.save()
-        self._end(
-            "diverged",
-            f"Stopped at step {self.step}: loss or gradient was not finite in {skipped} steps in a row. The checkpoint "
-            f"holds the weights of the last good step, {self.step - skipped}. The same command tries on with new data; "
-            "a lower --learning-rate (with --allow-changed-settings) or --dtype float32 may help",
-        )
-        return FAILED
+        return self._end(endings.not_finite(self.step, skipped))
 
     def stop_spiking(self) -> int:
-        """Going back again would go on for ever: the batches are not what it is that makes the run diverge."""
         self.progress.rollbacks = 0  # a resumed run may try as many again
         self.saved_step = None  # the checkpoint of this step has another count
         self.save()
-        self._end(
-            "diverged",
-            f"Stopped at step {self.step}: the loss rose again after each of {ROLLBACKS} rollbacks to the same "
-            "weights, which the checkpoint holds. The same command tries on with new data; a lower --learning-rate "
-            "(with --allow-changed-settings) may help",
-        )
-        return FAILED
+        return self._end(endings.spiking(self.step))
 
     def stop_without_data(self, error: DataError | None) -> int:
         if self.step:
             self.save()
-        why = error or "another process cannot read its data, and says why"
-        self._end("data error", f"Stopped at step {self.step}: {why}")
-        return FAILED
+        return self._end(endings.without_data(self.step, error))
 
-    def _end(self, state: str, message: str) -> None:
+    def _end(self, ending: Ending) -> int:
         self.saver.settle(self.log.say)
-        self.log.end(self.step, state)
-        self.log.say(message)
+        self.log.end(self.step, ending.state)
+        self.log.say(ending.message)
         if self.step and self.writes:
             with write_errors(picture := self.run_dir / "plot.png"):
                 plot_runs([self.run_dir], picture)
             self.log.say(f"Curves drawn to: {picture}")
+        return ending.code

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -372,13 +371,9 @@ def _cut_name(name: str) -> str:
     return f"{stem}.cut{dot}{suffix}"
 
 
-def _finite(value: Any) -> Any:
+def _finite(values: dict) -> dict:
     """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(member) for name, member in value.items()}
-    return [_finite(member) for member in value] if isinstance(value, list | tuple) else value
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
 def _wandb(run_dir: Path, step: int, options: Options) -> Any:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
+import tyro
 from jaxtyping import Float, Int32
 
 from torch_ref.spec.config import ComputeConfig, ModelConfig
@@ -71,6 +72,28 @@ def open_trained(
     text = load_tokenizer(tokenizer or _tokenizer_beside(source))
     text.require_fit(state.model_config.vocab_size)
     return TrainedModel(state.model_config, text, framework, *open_in(framework, state, dtype, device))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Settings of commands that run a trained model: which one, and where."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run folder, a checkpoint, a transformers folder or a file of final weights."""
+    framework: Framework = "auto"
+    """The framework to run it in. auto: the one that wrote the model."""
+    step: int | None = None
+    """The step of the checkpoint in a run folder; None: the latest."""
+    tokenizer: str | None = None
+    """The tokenizer's folder or name on the Hub; None: the one beside the model."""
+    dtype: DTypeName = "auto"
+    """Precision of the products. auto: bfloat16 on GPUs that have it, else float32."""
+    device: str = "auto"
+    """Where to compute: auto, cuda, mps or cpu."""
+
+    def open(self) -> TrainedModel:
+        """`open_trained` with these."""
+        return open_trained(self.model, self.framework, self.step, self.tokenizer, self.dtype, self.device)
 
 
 def open_in(framework: str, state: TrainingState, dtype: DTypeName, device: str) -> tuple[str, Generate, Callable]:
