@@ -4,7 +4,10 @@ compare with the run that nobody disturbed:
     unshare --map-root-user --mount python -m parity_tests.harness.write_faults torch FOLDER
 
 In a mount namespace of its own, which `unshare` makes, so that the disks it mounts are seen by nobody else and need no
-privilege. There a process is its own root, and gives up root's right to pass over permissions. Linux only.
+privilege. There a process is its own root, and gives up root's right to pass over permissions. Linux only. A quota needs
+a file system that has some; btrfs does, and takes the real root to mount:
+
+    unshare --mount python -m parity_tests.harness.write_faults torch FOLDER --quota
 """
 
 from __future__ import annotations
@@ -89,6 +92,31 @@ def make_read_only(folder: Path) -> Callable[[], None]:
     return lambda: unmount(folder)
 
 
+def mount_small(disk: Path) -> None:
+    mount("-t", "tmpfs", "-o", "size=8m,nr_inodes=2000", "tmpfs", disk)
+
+
+def mount_with_quotas(disk: Path) -> None:
+    """A btrfs of its own, on which the run's folder can be limited."""
+    image = disk.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(256 * 2**20)
+    subprocess.run(["mkfs.btrfs", "--quiet", str(image)], check=True, stdout=subprocess.DEVNULL)
+    mount("-o", "loop", image, disk)
+    btrfs("quota", "enable", disk)
+    btrfs("subvolume", "create", disk / "run")
+
+
+def btrfs(*arguments: str | Path) -> None:
+    subprocess.run(["btrfs", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+
+
+def use_up_quota(folder: Path) -> Callable[[], None]:
+    """Limit a folder to less than it holds; returns the mend."""
+    btrfs("qgroup", "limit", "1", folder)
+    return lambda: btrfs("quota", "disable", folder.parent)  # a limit cannot be lifted from within it
+
+
 def move_away(folder: Path) -> Callable[[], None]:
     elsewhere = folder.with_name("moved")
     folder.rename(elsewhere)
@@ -113,6 +141,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Callable[[], None]], str]] = {
 }
 """What happens to a run folder, and what the user is told."""
 
+QUOTA: dict[str, tuple[Callable[[Path], Callable[[], None]], str]] = {
+    "quota used up": (use_up_quota, "the quota is used up"),
+}
+"""The same on a disk with quotas."""
+
 
 def train(framework: str, argv: list[str], before_step: Callable[[int], None]) -> tuple[int, str, int]:
     """Exit code, what went to standard error, and the steps that were done."""
@@ -135,17 +168,17 @@ def train(framework: str, argv: list[str], before_step: Callable[[int], None]) -
     return code, errors.getvalue(), max(done, default=0)
 
 
-def report(framework: str, folder: Path) -> dict[str, dict]:
-    """For each of `FAULTS` what was said, when, and whether the mended run became the unbroken one."""
+def report(framework: str, folder: Path, quota: bool = False) -> dict[str, dict]:
+    """For each of `FAULTS`, or of `QUOTA`, what was said, when, and whether the mended run became the unbroken one."""
     folder.mkdir(parents=True, exist_ok=True)
     argv = ["--config", str(settings(folder, STEPS)), "--eval-interval", "6"]
     code, said, _ = train(framework, [*argv, "--run-dir", str(folder / "straight")], lambda step: None)
     assert code == 0, said
     expected, found = numbers(folder / "straight"), {}
-    for name, (make, _) in FAULTS.items():
+    for name, (make, _) in (QUOTA if quota else FAULTS).items():
         disk = folder / name.replace(" ", "-")
         disk.mkdir()
-        mount("-t", "tmpfs", "-o", "size=8m,nr_inodes=2000", "tmpfs", disk)
+        (mount_with_quotas if quota else mount_small)(disk)
         run, mends = disk / "run", []
 
         def before_step(step: int, make=make, run=run, mends=mends) -> None:
@@ -175,9 +208,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m parity_tests.harness.write_faults")
     parser.add_argument("framework", choices=MAINS, help="The framework whose main is run.")
     parser.add_argument("folder", type=Path, help="A new folder for the runs.")
+    parser.add_argument("--quota", action="store_true", help="A used-up quota, in place of the other faults.")
     options = parser.parse_args(argv)
     obey_permissions()
-    print(json.dumps(report(options.framework, options.folder), indent=2))
+    print(json.dumps(report(options.framework, options.folder, options.quota), indent=2))
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.harness.kills import INTERVAL
-from parity_tests.harness.write_faults import FAULTS, MAINS
+from parity_tests.harness.write_faults import FAULTS, MAINS, QUOTA
 
 REPOSITORY = Path(__file__).parents[2]
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
@@ -53,10 +53,20 @@ def test_writes_that_fail(framework: str, tmp_path: Path, capsys: pytest.Capture
     ):
         pytest.skip("no mount namespaces here")
     command = [*NAMESPACE, sys.executable, "-m", "parity_tests.harness.write_faults", framework, str(tmp_path / "runs")]
-    report = run(command, capsys)
-    assert report.keys() == FAULTS.keys()
+    check_faults(run(command, capsys), FAULTS)
+
+
+def test_a_quota_that_is_used_up(framework: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if os.geteuid() or not shutil.which("mkfs.btrfs") or not Path("/dev/loop-control").exists():
+        pytest.skip("takes root, a loop device and btrfs-progs")
+    command = ["unshare", "--mount", sys.executable, "-m", "parity_tests.harness.write_faults", framework]
+    check_faults(run([*command, str(tmp_path / "runs"), "--quota"], capsys), QUOTA)
+
+
+def check_faults(report: dict, faults: dict) -> None:
+    assert report.keys() == faults.keys()
     for fault, found in report.items():
         last = found["said"].splitlines()[-1]
-        assert found["exit code"] == 2 and last.startswith("error: ") and FAULTS[fault][1] in last, (fault, found)
+        assert found["exit code"] == 2 and last.startswith("error: ") and faults[fault][1] in last, (fault, found)
         assert found["steps after the fault"] <= 5, (fault, found)
         assert found["equals the unbroken run"] is True, (fault, found)
