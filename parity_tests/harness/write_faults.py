@@ -4,8 +4,8 @@ compare with the run that nobody disturbed:
     unshare --map-root-user --mount python -m parity_tests.harness.write_faults torch FOLDER
 
 In a mount namespace of its own, which `unshare` makes, so that the disks it mounts are seen by nobody else and need no
-privilege. There a process is its own root, and gives up root's right to pass over permissions. Linux only. A quota needs
-a file system that has some; btrfs does, and takes the real root to mount:
+privilege. There a process is its own root, and gives up root's right to pass over permissions. Linux only. A quota
+needs a file system that has some; btrfs does, and takes the real root to mount:
 
     unshare --mount python -m parity_tests.harness.write_faults torch FOLDER --quota
 """
