@@ -33,6 +33,18 @@ def cross_entropy_plain(
     return token_losses(wide_product(hidden, embedding), targets).sum()
 
 
+def softmax_gradient(
+    logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"], dtype: jnp.dtype
+) -> tuple[Float[Array, ""], Float[Array, "tokens vocab"]]:
+    """Sum of the losses, and their gradient: softmax - one-hot, and zero where nothing is scored."""
+    scored, column = targets != IGNORE, jnp.maximum(targets, 0)[:, None]
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    total = jnp.where(scored, normaliser - jnp.take_along_axis(logits, column, axis=1)[:, 0], 0).sum()
+    one_hot = jnp.arange(logits.shape[1]) == column
+    gradient = jnp.exp(logits - normaliser[:, None]) - one_hot
+    return total, (scored[:, None] * gradient).astype(dtype)
+
+
 def _chunks(hidden, targets, chunk):
     """Both cut into [chunks, chunk, ...]; the last one is filled up with targets that are not scored."""
     chunk = min(chunk, hidden.shape[0])
@@ -65,16 +77,9 @@ def _forward(hidden, embedding, targets, chunk):
     def one_chunk(carry, part):
         total, embedding_gradient = carry
         rows, target = part
-        scored = (target != IGNORE)[:, None]
-        column = jnp.maximum(target, 0)[:, None]
-        logits = wide_product(rows, weight)
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        total += jnp.where(scored, normaliser - jnp.take_along_axis(logits, column, axis=1), 0).sum()
-        # d loss / d logits = softmax - one-hot, and zero where nothing is scored
-        one_hot = jnp.arange(logits.shape[1]) == column
-        gradient = (scored * (jnp.exp(logits - normaliser) - one_hot)).astype(hidden.dtype)
+        loss, gradient = softmax_gradient(wide_product(rows, weight), target, hidden.dtype)
         embedding_gradient += wide_product(gradient.T, rows.T).astype(embedding.dtype)
-        return (total, embedding_gradient), gradient @ weight
+        return (total + loss, embedding_gradient), gradient @ weight
 
     start = jnp.zeros((), wide(hidden[:0]).dtype), jnp.zeros_like(embedding)
     (total, embedding_gradient), hidden_gradient = jax.lax.scan(one_chunk, start, _chunks(hidden, targets, chunk))

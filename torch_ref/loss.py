@@ -38,8 +38,8 @@ def cross_entropy_plain(
 def softmax_gradient(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens vocab"]]:
-    """Sum of the losses, and their gradient: softmax - one-hot, and zero where nothing is scored. Takes `logits` over:
-    uncompiled, one operation after the other writes into them."""
+    """Sum of the losses, and their gradient: softmax - one-hot, and zero where nothing is scored. Uncompiled, one
+    operation after the other writes into `logits`."""
     scored, column = targets != IGNORE, targets.clamp(min=0)[:, None].long()
     normaliser = logits.logsumexp(-1)
     total = torch.where(scored, normaliser - logits.gather(1, column).squeeze(1), 0).sum()

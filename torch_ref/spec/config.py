@@ -204,7 +204,8 @@ class ComputeConfig:
     """Over how many devices, or in torch processes, the batch, the weights (`fsdp`) and in Flax the experts are spread,
     on top of each other (`sharding.py`)."""
     compile: str = "auto"
-    """Torch only: whether training runs its layers through `torch.compile`. `on`, `off`; `auto` is on for CUDA."""
+    """Torch only: whether training runs its layers and loss through `torch.compile`, and records passes on CUDA as
+    graphs. `on`, `off`; `auto` is on for CUDA."""
     separator: int | None = None
     """The token that begins a document, to which attention then keeps (`document_numbers`); None: it does not. For
     training and scoring: a text that is continued is one document."""

@@ -74,7 +74,7 @@ class DeviceOptions:
     scan_layers: bool = True
     """Whether Flax compiles one layer and scans over the stack, instead of unrolling."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch compiles its layers for training. auto: on for CUDA, where many small kernels become few."""
+    """Whether torch compiles its layers and loss for training; on CUDA a pass then is one graph. auto: on for CUDA."""
     loss_chunk: int | Literal["auto"] = "auto"
     """Tokens whose logits exist at once. auto: 512 on a CPU, 4096 on a GPU."""
 
