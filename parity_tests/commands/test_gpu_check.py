@@ -113,6 +113,22 @@ def test_flax_paths_are_checked_too():
     assert gpu_check.is_wrong(found(rows, "moe blocks, bfloat16"))
 
 
+def test_a_wrong_gradient_of_whole_layers_is_found(monkeypatch):
+    pytest.importorskip("flax")
+    from flax_model import moe
+
+    case = replace(CASE, system="flax", seq_len=16, loss_chunk=32)
+    (right,) = gpu_parts.layer_gradients(case)
+    assert not gpu_check.is_wrong(right), right
+
+    def half(x, *arguments, remat):
+        return moe.experts_dense(x, *arguments, remat) / 2
+
+    monkeypatch.setitem(moe.EXPERT_PATHS, "pallas", half)
+    (wrong,) = gpu_parts.layer_gradients(case)
+    assert gpu_check.is_wrong(wrong), wrong
+
+
 def test_rounding_to_bfloat16_is_torchs():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).standard_normal(999).astype(np.float32)
