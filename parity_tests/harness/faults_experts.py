@@ -249,21 +249,21 @@ def summed_loss(function: Callable) -> AbstractContextManager:
 @mutation("labels shifted once more", "loss", "next-token loss")
 def _():
     return summed_loss(
-        lambda hidden, embedding, targets, chunk: loss.cross_entropy(hidden, embedding, targets.roll(-1), chunk)
+        lambda hidden, embedding, targets, chunk, _: loss.cross_entropy(hidden, embedding, targets.roll(-1), chunk)
     )
 
 
 @mutation("unscored targets in the loss", "loss", "next-token loss")
 def _():
     return summed_loss(
-        lambda hidden, embedding, targets, chunk: loss.cross_entropy(hidden, embedding, targets.clamp(min=0), chunk)
+        lambda hidden, embedding, targets, chunk, _: loss.cross_entropy(hidden, embedding, targets.clamp(min=0), chunk)
     )
 
 
 @mutation("last chunk of the loss left out", "loss", "next-token loss")
 def _():
     return summed_loss(
-        lambda hidden, embedding, targets, chunk: loss.cross_entropy(hidden[:100], embedding, targets[:100], chunk)
+        lambda hidden, embedding, targets, chunk, _: loss.cross_entropy(hidden[:100], embedding, targets[:100], chunk)
     )
 
 

@@ -34,7 +34,7 @@ def _():
 @mutation("tied embedding: no gradient from the logits", "gradient", "embed_tokens.weight")
 def _():
     return summed_loss(
-        lambda hidden, embedding, targets, chunk: loss.cross_entropy(hidden, embedding.detach(), targets, chunk)
+        lambda hidden, embedding, targets, chunk, _: loss.cross_entropy(hidden, embedding.detach(), targets, chunk)
     )
 
 
@@ -50,7 +50,7 @@ def _():
 
 
 def hidden_gradient(hook: Callable) -> AbstractContextManager:
-    def function(hidden, embedding, targets, chunk):
+    def function(hidden, embedding, targets, chunk, _):
         hidden.register_hook(hook)
         return loss.cross_entropy(hidden, embedding, targets, chunk)
 

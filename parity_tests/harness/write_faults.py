@@ -45,10 +45,13 @@ def unmount(folder: Path) -> None:
 def fill(folder: Path, leave: int) -> Callable[[], None]:
     """Fill the disk of a folder but for so many bytes; returns the mend."""
     filler = folder / "filler"
-    free = shutil.disk_usage(folder).free
     with open(filler, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
-    return filler.unlink
+        for _ in range(100):  # a save in the background may take of the room meanwhile
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
+                return filler.unlink
+            file.truncate(0)
+    raise OSError(f"{folder} cannot be filled")
 
 
 def use_up_files(folder: Path) -> Callable[[], None]:
