@@ -20,6 +20,7 @@ from flax_model.attention import ATTENTION_PATHS, attend_plain
 from flax_model.moe import EXPERT_PATHS, Routing, experts_dense
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import first_line
 
 TOKENS = 256
 """Of the rows that paths are compared on."""
@@ -55,7 +56,7 @@ def _tried(check: Callable[..., str | None], *arguments) -> str | None:
     try:
         return check(*arguments)
     except Exception as error:  # of many kinds: no kernel for these sizes, a version that does not fit, no memory
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def attention_error(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_ref.grouped_experts import grouped_kernels_take
 from torch_ref.model import Model, Parts, objective
 from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.storage import first_line
 
 TOLERANCE = 5e-2
 """Of |got - expected| / |expected| over all gradients together. Between two passes over the same tokens sums in another
@@ -124,7 +125,7 @@ def recorded_checked(
         if not float(off[0] / size[0]) <= TOLERANCE / 10 or not float(off[1:].norm() / size[1:].norm()) <= TOLERANCE:
             problem = "its loss or gradients are not those of the pass itself"
     except RuntimeError as error:  # also where memory does not suffice
-        problem = (str(error).strip().splitlines() or ["no message"])[0]
+        problem = first_line(error)
     model.zero_grad(set_to_none=True)
     if problem is None:
         return made

@@ -25,6 +25,7 @@ from torch_ref.sharding import mesh_words
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available, process_peak
+from torch_ref.spec.storage import first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name}: {first_line(error)}") from error
     return device
 
 

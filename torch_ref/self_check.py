@@ -26,6 +26,7 @@ from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import first_line
 
 
 def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
@@ -58,7 +59,7 @@ def _tried(check: Callable[..., str | None], *arguments) -> str | None:
     try:
         return check(*arguments)
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
 def attention_error(path: str, dtype: str, device: torch.device, between_documents: bool = False) -> str | None:
@@ -142,7 +143,7 @@ def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "bat
         try:
             got = layer_pass(compiled_layer(), model, block, tokens, compute)()
         except Exception as error:  # of many kinds: no compiler, a kernel that does not fit, a fault of torch's own
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
         expected = layer_pass(run_layer, model, block, tokens, compute)()
         for index, (a, b) in enumerate(zip(got, expected, strict=True)):
             per_token = index < 2
@@ -167,7 +168,7 @@ def _compiled_loss_error(compute: ComputeConfig, model: Model, tokens: Int[Tenso
     try:
         got = run(compiled=True)
     except Exception as error:  # as above
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     for what, a, b in zip(("loss", "gradient", "gradient"), got, run(compiled=False), strict=True):
         if not float((wide(a) - wide(b)).norm() / wide(b).norm()) <= {"bfloat16": 1e-2}.get(compute.dtype, 1e-4):
             return f"{what} of the compiled loss is wrong"

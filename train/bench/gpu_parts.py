@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import first_line
 from train.bench.cases import Case
 from train.bench.systems import clocked
 from train.bench.worker import measure
@@ -222,7 +223,7 @@ def checks(system: FlaxPaths | TorchPaths, case: Case) -> Iterator[dict]:
 
 
 def failure(error: Exception) -> dict:
-    return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+    return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def as_rounded(x: np.ndarray, dtype: str) -> np.ndarray:

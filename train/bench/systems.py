@@ -17,6 +17,7 @@ import numpy as np
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import Sampling
 from torch_ref.spec.parameters import initial_values
+from torch_ref.spec.storage import first_line
 from train.bench.cases import Case
 from train.bench.profile import Kernel, jax_kernels, torch_kernels
 
@@ -254,7 +255,7 @@ class Transformers:
                 try:
                     seconds[name] = sum(clocked(self.gradient(), 1)) / 2
                 except (RuntimeError, NotImplementedError) as error:
-                    print(f"transformers, experts {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                    print(f"transformers, experts {name}: {first_line(error)}", file=sys.stderr)
             self.implementation = min(seconds, key=seconds.__getitem__)
             self.model.set_experts_implementation(self.implementation)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.storage import first_line
 from train.data.records import Bad
 
 BETWEEN_TEXTS = "\n\n"
@@ -60,9 +61,7 @@ class ChatFormat:
         try:
             return self._compiled.render(messages=chat, add_generation_prompt=False, **self.tokens)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            return Bad(
-                f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            )
+            return Bad(f"the chat template refuses it: {first_line(error)}")
 
     @property
     def identity(self) -> str:
