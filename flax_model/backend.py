@@ -139,11 +139,6 @@ class FlaxBackend:
         return peak_memory(self._device)
 
     @property
-    def _rows_per_pass(self) -> int:
-        """Rows of one micro-batch, over all devices."""
-        return self.optimizer_config.micro_batch_size * self._mesh.size
-
-    @property
     def steps_done(self) -> int:
         return self._steps
 
@@ -151,13 +146,18 @@ class FlaxBackend:
     def runs_ahead(self) -> bool:
         return self._device.platform != "cpu"
 
-    def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:
-        alone = self.processes.count == 1
-        return agree_alone(wishes) if alone else agree(wishes, self._device.platform)
-
     @property
     def _updates(self) -> int:
         return int(self._state["updates"])
+
+    @property
+    def _rows_per_pass(self) -> int:
+        """Rows of one micro-batch, over all devices."""
+        return self.optimizer_config.micro_batch_size * self._mesh.size
+
+    def agree(self, wishes: Sequence[int]) -> Callable[[], list[int]]:
+        alone = self.processes.count == 1
+        return agree_alone(wishes) if alone else agree(wishes, self._device.platform)
 
     def init(self, seed: int) -> None:
         self._compile_ahead()

@@ -86,7 +86,7 @@ def decode(
     """Run new token number `step` of each row through the model, and write it into the cache.
 
     Args:
-        absorbed: `absorb` of the attention of each of the `stacks`, as `bits`.
+        absorbed: of `absorb_layers`, as `bits`.
         prompt: width of the padded prompts, `lengths` those of the prompts themselves.
         table: the rotary table of all positions.
 
@@ -127,33 +127,41 @@ def stacks(model: Model) -> list[Block]:
 
 
 class Absorbed(NamedTuple):
-    """Attention weights of all layers of a stack, or of one, `kv_b_proj` absorbed by the maps before and after it: the
-    new token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the residual
-    stream."""
+    """What decoding reads of a layer in a form of its own. `kv_b_proj` is absorbed by the maps before and after it, so
+    the new token's queries come out as they meet the cache, and the heads' mixes of latents go straight into the
+    residual stream. Of a stack's layers together they have one axis more."""
 
     query: Num[Array, "*layers heads_cached inputs"]
     """Includes the scale of the softmax."""
     out: Num[Array, "*layers hidden heads_latent"]
 
 
-def absorb(attention: Attention, dtype: DTypeLike) -> Absorbed:
-    """Of the stacked attention of several layers. Weights enter in `dtype`, the compute dtype, as elsewhere; their
-    products are taken in float32 or wider, and rounded to it."""
+def absorb(block: Block, dtype: DTypeLike) -> Absorbed:
+    """Weights enter in `dtype`, the compute dtype, as elsewhere; their products are taken in float32 or wider, and
+    rounded to it."""
+    attention = block.attention
     c = attention.config
     to_queries = attention.q_proj if c.q_lora_rank is None else attention.q_b_proj
     linears = (to_queries, attention.kv_b_proj, attention.o_proj)
     q, kv, o = (wide(linear.weight[...].astype(dtype)) for linear in linears)
-    layers, kv_heads = len(q), c.num_kv_heads
-    q = q.reshape(layers, kv_heads, -1, c.qk_head_dim, q.shape[-1])
-    kv = kv.reshape(layers, kv_heads, -1, c.kv_lora_rank)
-    o = o.reshape(layers, c.hidden_size, kv_heads, -1, c.v_head_dim)
-    q_nope, q_rope = jnp.split(q, (c.qk_nope_head_dim,), axis=3)
-    key, value = jnp.split(kv, (c.qk_nope_head_dim,), axis=2)
-    query = jnp.concatenate((jnp.einsum("ykgni,yknl->ykgli", q_nope, key), q_rope), axis=3) * c.softmax_scale
-    out = jnp.einsum("yokgv,ykvl->yokgl", o, value)
-    return Absorbed(
-        query.reshape(layers, -1, q.shape[-1]).astype(dtype), out.reshape(layers, c.hidden_size, -1).astype(dtype)
-    )
+    q = q.reshape(c.num_kv_heads, -1, c.qk_head_dim, q.shape[-1])
+    kv = kv.reshape(c.num_kv_heads, -1, c.kv_lora_rank)
+    o = o.reshape(c.hidden_size, c.num_kv_heads, -1, c.v_head_dim)
+    q_nope, q_rope = jnp.split(q, (c.qk_nope_head_dim,), axis=2)
+    key, value = jnp.split(kv, (c.qk_nope_head_dim,), axis=1)
+    query = jnp.concatenate((jnp.einsum("kgni,knl->kgli", q_nope, key), q_rope), axis=2) * c.softmax_scale
+    out = jnp.einsum("okgv,kvl->okgl", o, value)
+    return Absorbed(query.reshape(-1, q.shape[-1]).astype(dtype), out.reshape(c.hidden_size, -1).astype(dtype))
+
+
+def absorb_layers(model: Model, dtype: DTypeLike) -> list[Absorbed]:
+    """`absorb` of each layer, of those in one of the `stacks` together."""
+
+    def absorb_stack(stacked: Block) -> Absorbed:
+        graphdef, layers = nnx.split(stacked)
+        return jax.vmap(lambda layer: absorb(nnx.merge(graphdef, layer), dtype))(layers)
+
+    return [absorb_stack(stacked) for stacked in stacks(model)]
 
 
 def attend_latents(
@@ -169,11 +177,10 @@ def attend_latents(
     """Attention of one new token per row to the visible slots. `absorbed` is that of the layer. The token's own entry
     is written into `slot` of `layer`. Softmax in float32 or wider."""
     c = attention.config
-    batch = x.shape[0]
     q = x if c.q_lora_rank is None else attention.q_a_norm(attention.q_a_proj(x))
     # The queries of all heads, and the new entry of the cache, which has the same two parts as they.
     vectors = jnp.concatenate((q @ absorbed.query.T, attention.kv_a_proj(x)), axis=-1)
-    vectors = vectors.reshape(batch, -1, c.cache_values_per_token)
+    vectors = vectors.reshape(len(x), -1, c.cache_values_per_token)
     latent, rotary = jnp.split(vectors, (c.kv_lora_rank,), axis=-1)
     rotary = apply_rope(rotary, rope)
     entry = jnp.concatenate((attention.kv_a_norm(latent[:, -1]), rotary[:, -1]), axis=-1)
@@ -183,7 +190,7 @@ def attend_latents(
     scores = wide(jnp.einsum("bhc,bcs->bhs", q, entries))
     probabilities = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1).astype(x.dtype)
     latent = jnp.einsum("bhs,bcs->bhc", probabilities, entries)[..., : c.kv_lora_rank]
-    return materialized(latent.reshape(batch, -1), slot) @ absorbed.out.T, cache
+    return materialized(latent.reshape(len(x), -1), slot) @ absorbed.out.T, cache
 
 
 def feed_forward(
@@ -191,15 +198,17 @@ def feed_forward(
 ) -> Float[Array, "batch hidden"]:
     """The MLP of a block for one new token per row: what `MoE` computes, without its reports. `stacked` holds the
     experts of all layers."""
+    mlp = block.mlp
 
     def swiglu(mlp: SwiGLU) -> Float[Array, "batch hidden"]:
         return mlp.down_proj(materialized(jax.nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x), step))
 
     if block.dense:
-        return swiglu(block.mlp)
-    moe = block.mlp
-    out = chosen_experts(stacked.mlp.experts, layer, x, moe.router(x))
-    return out + swiglu(moe.shared_expert) if moe.config.n_shared_experts else out
+        return swiglu(mlp)
+    out = chosen_experts(stacked.mlp.experts, layer, x, mlp.router(x))
+    if mlp.config.n_shared_experts:
+        out += swiglu(mlp.shared_expert)
+    return out
 
 
 def chosen_experts(
@@ -329,9 +338,8 @@ def _start(
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _absorb(graphdef: nnx.GraphDef, params: Tree, biases: Tree, dtype: str) -> list[Absorbed]:
-    """`absorb` of each of the `stacks`, as `bits`."""
-    absorbed = [absorb(stacked.attention, dtype) for stacked in stacks(merge(graphdef, params, biases))]
-    return jax.tree.map(bits, absorbed)
+    """`absorb_layers`, as `bits`."""
+    return jax.tree.map(bits, absorb_layers(merge(graphdef, params, biases), dtype))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("prompt", "sampling", "compute"), donate_argnums=4)

@@ -66,7 +66,7 @@ def _tile(size: int, limit: int) -> int:
     return min(size & -size, 1 << (limit.bit_length() - 1))
 
 
-class Parts(NamedTuple):
+class ColumnParts(NamedTuple):
     """How a program cuts its columns: Triton's tiles are powers of two, and 576 columns are not a multiple of 128 but
     three times three parts of 64, each multiplied with the same tile of rows."""
 
@@ -82,11 +82,11 @@ class Parts(NamedTuple):
         return [pl.ds((program * self.count + part) * self.width, self.width) for part in range(self.count)]
 
 
-def _parts(size: int, limit: int) -> Parts:
+def _parts(size: int, limit: int) -> ColumnParts:
     """As many equal parts as the limit allows, of the largest power of two that divides the size."""
     width = _tile(size, limit)
     count = next(count for count in range(limit // width, 0, -1) if size // width % count == 0)
-    return Parts(width, count)
+    return ColumnParts(width, count)
 
 
 def _depth(size: int, tile: Tile, dtype: jnp.dtype) -> int:
@@ -140,7 +140,7 @@ def _gate_up_kernel(expert, rows, weights, gate, up, activation, *products, colu
     activation[_rows_of(block), at] = (silu * raised.astype(zero.dtype) * weight).astype(activation.dtype)
 
 
-def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transposed: bool):
+def _product_kernel(expert, *refs, pairs: int, parts: ColumnParts, depth: int, transposed: bool):
     """out = sum over pairs of rows @ weight (or its transpose), each block with its expert's weight."""
     operands, weights, out = refs[:pairs], refs[pairs : 2 * pairs], refs[-1]
     tile, block = pl.program_id(0), pl.program_id(1)
@@ -160,7 +160,7 @@ def _product_kernel(expert, *refs, pairs: int, parts: Parts, depth: int, transpo
         out[_rows_of(block), at] = total.astype(out.dtype)
 
 
-def _d_weight_kernel(first_block, left, right, out, *, outputs: Parts, inputs: Parts, depth: int):
+def _d_weight_kernel(first_block, left, right, out, *, outputs: ColumnParts, inputs: ColumnParts, depth: int):
     """out[expert] = sum over the expert's rows of left^T right, a tile of it."""
     columns, rows, e = inputs.of(pl.program_id(0)), outputs.of(pl.program_id(1)), pl.program_id(2)
 
@@ -223,12 +223,12 @@ def _d_weight(blocks, left, right, like, interpret: bool):
     return _call(kernel, grid, tile, output, "experts_d_weight", interpret)(blocks.first_block, left, right)
 
 
-def _d_weight_parts(outputs: int, inputs: int, limit: int) -> tuple[Parts, Parts]:
+def _d_weight_parts(outputs: int, inputs: int, limit: int) -> tuple[ColumnParts, ColumnParts]:
     """Of both dimensions of a weight; several parts of the one alone that has the narrower ones."""
     widths = _tile(outputs, 128), _tile(inputs, 128)
     if widths[0] < widths[1]:
-        return _parts(outputs, limit), Parts(widths[1], 1)
-    return Parts(widths[0], 1), _parts(inputs, limit)
+        return _parts(outputs, limit), ColumnParts(widths[1], 1)
+    return ColumnParts(widths[0], 1), _parts(inputs, limit)
 
 
 class Blocks(NamedTuple):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_model.attention import ATTENTION_PATHS, attend_plain
+from flax_model.device import describe
 from flax_model.moe import EXPERT_PATHS, Routing, experts_dense
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
@@ -33,8 +34,6 @@ TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4, "float64": 1e-10}
 def self_checked(compute: ComputeConfig, device: jax.Device, config: ModelConfig) -> ComputeConfig:
     """The same settings, with a path that fails its check on this device replaced, with a warning, by a slower one.
     Raises `UserError` where that fails too."""
-    from flax_model.device import describe  # which is where paths are chosen
-
     of_attention = partial(attention_error, between_documents=compute.separator is not None)
     for option, check in (("attention", of_attention), ("moe", experts_error)):
         path = getattr(compute, option)

@@ -56,7 +56,7 @@ class TorchBackend:
     ) -> None:
         self._device = resolve_device(device)
         self.model_config = model_config
-        self.compute = resolve_compute(compute, self._device)
+        self.compute = self._checked(resolve_compute(compute, self._device))
         self.processes = Processes(dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else ALONE
         self._mesh = make_mesh(self.processes, self.compute.mesh, self._device)
         self.optimizer_config = optimizer
@@ -80,6 +80,10 @@ class TorchBackend:
         self._recorded: RecordedObjective | None = None
         self._records = True
         self._checkpoints = Checkpoints()
+
+    def _checked(self, compute: ComputeConfig) -> ComputeConfig:
+        """Without the paths that this device gets wrong."""
+        return compute if self._device.type == "cpu" else self_checked(compute, self._device)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         config, rows = self.optimizer_config, [row for row in self._table if row.trainable]
@@ -386,9 +390,7 @@ class TorchBackend:
         self._set_counters(steps, updates)
 
     def keep_within_documents(self, separator: int) -> None:
-        self.compute = replace(self.compute, separator=separator)
-        if self._device.type != "cpu":
-            self.compute = self_checked(self.compute, self._device)
+        self.compute = self._checked(replace(self.compute, separator=separator))
 
     def set_schedule(self, schedule: Callable[[int], float]) -> None:
         self.optimizer_config = replace(self.optimizer_config, schedule=schedule)

@@ -1,7 +1,5 @@
 """Where torch computes: which device, in which precision, and by which attention and expert paths.
 
-Before training, off the CPU, the paths are checked on the device itself (`self_check.py`).
-
 Twins: `torch_ref/device.py`, `flax_model/device.py`.
 """
 
@@ -20,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from torch_ref.attention import ATTENTION_PATHS
 from torch_ref.moe import EXPERT_PATHS
-from torch_ref.self_check import self_checked
 from torch_ref.sharding import mesh_words
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
@@ -123,8 +120,7 @@ def resolve_compute(compute: ComputeConfig, device: torch.device) -> ComputeConf
     split = compute.mesh[1] > 1
     if split and compute.compile == "on":
         raise UserError(f"--compile on: layers that --mesh {mesh_words(compute.mesh)} splits run uncompiled; use off")
-    compiled = (
-        ("on" if device.type == "cuda" and not split else "off") if compute.compile == "auto" else compute.compile
-    )
-    compute = dataclasses.replace(compute, attention=attention, moe=moe, compile=compiled)
-    return compute if device.type == "cpu" else self_checked(compute, device)
+    compiled = compute.compile
+    if compiled == "auto":
+        compiled = "on" if device.type == "cuda" and not split else "off"
+    return dataclasses.replace(compute, attention=attention, moe=moe, compile=compiled)

@@ -81,7 +81,7 @@ def decode(
     """Run new token number `step` of each row through the model, and write it into the cache.
 
     Args:
-        absorbed: `absorb` of each layer.
+        absorbed: of `absorb_layers`.
         prompt: width of the padded prompts, `lengths` those of the prompts themselves.
         table: the rotary table of all positions.
 
@@ -142,21 +142,27 @@ def absorb(block: Block, dtype: torch.dtype) -> Absorbed:
     attention = block.attention
     c = attention.config
     to_queries = attention.q_proj if c.q_lora_rank is None else attention.q_b_proj
-    q, kv, o = (wide(linear.weight.to(dtype)) for linear in (to_queries, attention.kv_b_proj, attention.o_proj))
-    q = q.unflatten(0, (c.num_kv_heads, -1, c.qk_head_dim))
-    kv = kv.unflatten(0, (c.num_kv_heads, -1))
-    o = o.unflatten(1, (c.num_kv_heads, -1, c.v_head_dim))
+    linears = (to_queries, attention.kv_b_proj, attention.o_proj)
+    q, kv, o = (wide(linear.weight.to(dtype)) for linear in linears)
+    q = q.reshape(c.num_kv_heads, -1, c.qk_head_dim, q.shape[-1])
+    kv = kv.reshape(c.num_kv_heads, -1, c.kv_lora_rank)
+    o = o.reshape(c.hidden_size, c.num_kv_heads, -1, c.v_head_dim)
     q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=2)
     key, value = kv.split((c.qk_nope_head_dim, c.v_head_dim), dim=1)
     query = torch.cat((torch.einsum("kgni,knl->kgli", q_nope, key), q_rope), dim=2) * c.softmax_scale
     out = torch.einsum("okgv,kvl->okgl", o, value)
     return Absorbed(
         Norm.of(block.input_norm, dtype),
-        query.flatten(0, 2).to(dtype),
+        query.reshape(-1, q.shape[-1]).to(dtype),
         Norm.of(attention.kv_a_norm, dtype),
-        out.flatten(1).to(dtype),
+        out.reshape(c.hidden_size, -1).to(dtype),
         Norm.of(block.post_attention_norm, dtype),
     )
+
+
+def absorb_layers(model: Model, dtype: torch.dtype) -> list[Absorbed]:
+    """`absorb` of each layer."""
+    return [absorb(block, dtype) for block in model.layers]
 
 
 def attend_latents(
@@ -174,7 +180,7 @@ def attend_latents(
     q = x if c.q_lora_rank is None else attention.q_a_norm(attention.q_a_proj(x))
     # The queries of all heads, and the new entry of the cache, which has the same two parts as they.
     vectors = torch.cat((product(q, absorbed.query), product(x, attention.kv_a_proj.weight)), dim=-1)
-    vectors = vectors.unflatten(-1, (-1, c.cache_values_per_token))
+    vectors = vectors.reshape(len(x), -1, c.cache_values_per_token)
     latent, rotary = vectors.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
     rotary = apply_rope(rotary, rope)
     cache[:, slot] = torch.cat((absorbed.latent_norm(latent[:, -1]), rotary[:, -1]), dim=-1)
@@ -182,7 +188,7 @@ def attend_latents(
     q, entries = operand(q), operand(cache)
     probabilities = wide(torch.baddbmm(mask, q, entries.transpose(1, 2))).softmax(-1).to(x.dtype)
     latent = operand(probabilities) @ entries[..., : c.kv_lora_rank]
-    return product(latent.flatten(1).to(x.dtype), absorbed.out)
+    return product(latent.reshape(len(x), -1).to(x.dtype), absorbed.out)
 
 
 def feed_forward(
@@ -224,7 +230,7 @@ def chosen_experts(
     weights = routing.weights.to(x.dtype)
     if len(x) == 1:  # nothing to sort
         return weights @ torch.cat([run_expert(x, expert) for expert in routing.chosen[0].tolist()])
-    chosen = routing.chosen.flatten()
+    chosen = routing.chosen.reshape(-1)
     order = chosen.argsort(stable=True)
     row = order // routing.chosen.shape[1]
     sorted_x = x[row]
@@ -232,7 +238,7 @@ def chosen_experts(
     for expert, same in groupby(chosen[order].tolist()):
         start, end = end, end + len(list(same))
         out.append(run_expert(sorted_x[start:end], expert))
-    return torch.zeros_like(x).index_add_(0, row, torch.cat(out) * weights.flatten()[order, None])
+    return torch.zeros_like(x).index_add_(0, row, torch.cat(out) * weights.reshape(-1)[order, None])
 
 
 @torch.no_grad()
@@ -276,7 +282,7 @@ def generate(
         row[torch.tensor(ids, device=device)] = True
 
     logits, cache = prefill(model, tokens, lengths, prompt + sampling.max_new_tokens, compute)
-    absorbed = [absorb(block, getattr(torch, compute.dtype)) for block in model.layers]
+    absorbed = absorb_layers(model, getattr(torch, compute.dtype))
     texts: list[list[int]] = [[] for _ in prompts]
     running = [True] * batch
     for step in range(sampling.max_new_tokens):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torch_ref.attention import ATTENTION_PATHS, attend_plain
 from torch_ref.block import Block, compiled_layer, run_layer
+from torch_ref.device import describe
 from torch_ref.layers import wide
 from torch_ref.loss import cross_entropy
 from torch_ref.model import Model, document_numbers
@@ -32,8 +33,6 @@ from torch_ref.spec.storage import first_line
 def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     """The same settings, with a path that fails its check on this device replaced, with a warning, by the plain one.
     Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
-    from torch_ref.device import describe  # which asks for this check
-
     of_attention = partial(attention_error, between_documents=compute.separator is not None)
     for option, plain, check in (("attention", "plain", of_attention), ("moe", "dense", experts_error)):
         path = getattr(compute, option)

@@ -5,7 +5,9 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -65,13 +67,11 @@ def test_default_dtypes(device, monkeypatch):
     assert device.default_dtype(torch.device("cuda")) == "float32"
 
 
-def test_paths_of_each_device(device, monkeypatch):
-    """On MPS: an explicit mask, and expert shapes that do not depend on the routing. Off the CPU paths are checked. On
-    CUDA layers are compiled unless told otherwise."""
+def test_paths_of_each_device(device):
+    """On MPS: an explicit mask, and expert shapes that do not depend on the routing. On CUDA layers are compiled unless
+    told otherwise."""
     import torch
 
-    checked = []
-    monkeypatch.setattr(device, "self_checked", lambda compute, where: checked.append(where.type) or compute)
     paths = {}
     for name in ("mps", "cuda", "cpu"):
         compute = device.resolve_compute(ComputeConfig(), torch.device(name))
@@ -81,7 +81,6 @@ def test_paths_of_each_device(device, monkeypatch):
         "cuda": ("sdpa", "grouped", "on"),
         "cpu": ("sdpa", "grouped", "off"),
     }
-    assert checked == ["mps", "cuda"]
     assert device.resolve_compute(ComputeConfig(compile="off"), torch.device("cuda")).compile == "off"
     assert device.resolve_compute(ComputeConfig(compile="on"), torch.device("cpu")).compile == "on"
     with pytest.raises(UserError, match="--dtype float64"):
@@ -184,6 +183,33 @@ def test_device_that_is_wrong_throughout_is_refused(self_check, monkeypatch):
     monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
     with pytest.raises(UserError, match="AdamW does not move the weights"):
         self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
+
+
+class Asked(Exception):
+    """The self-check was asked for."""
+
+
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+@pytest.mark.parametrize("used_by", ["training", "a trained model"])
+def test_paths_are_checked_off_the_cpu(monkeypatch, framework, used_by):
+    """There is no device here but the CPU: another's name is put in its place."""
+    package = {"torch": "torch_ref", "flax": "flax_model"}[framework]
+    pytest.importorskip({"torch": "torch", "flax": "jax"}[framework])
+    from parity_tests.support.backends import make_backend
+    from train.state.trained import open_in
+
+    device, backend, self_check = (import_module(f"{package}.{name}") for name in ("device", "backend", "self_check"))
+    elsewhere = SimpleNamespace(type="mps", platform="gpu")
+    for module in (device, backend, self_check):
+        monkeypatch.setattr(module, "resolve_device", lambda name: elsewhere, raising=False)
+        monkeypatch.setattr(module, "resolve_compute", lambda compute, *_: compute, raising=False)
+        monkeypatch.setattr(module, "default_dtype", lambda device: "float32", raising=False)
+        monkeypatch.setattr(module, "self_checked", Mock(side_effect=Asked), raising=False)
+    with pytest.raises(Asked):
+        if used_by == "training":
+            make_backend(framework)
+        else:
+            open_in(framework, SimpleNamespace(model_config=CONFIG), "auto", "auto")
 
 
 def test_mps_choices_train_on_the_cpu_to_the_same_numbers(device):

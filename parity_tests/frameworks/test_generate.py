@@ -67,7 +67,7 @@ def torch_runner(dtype: str, values: Callable = case_values, config: ModelConfig
         prompt = tokens.shape[1]
         table = make_rope(config, prompt + new.shape[1], getattr(torch, dtype), tokens.device)
         logits, cache = generate.prefill(model, tokens, lengths, prompt + new.shape[1], compute)
-        absorbed = [generate.absorb(block, getattr(torch, dtype)) for block in model.layers]
+        absorbed = generate.absorb_layers(model, getattr(torch, dtype))
         steps = [logits]
         for step in range(new.shape[1]):
             steps.append(generate.decode(model, absorbed, new[:, step], cache, prompt, lengths, step, table, compute))
@@ -113,7 +113,7 @@ def flax_runner(dtype: str, values: Callable = case_values, config: ModelConfig 
     @jax.jit
     def following(params, token, cache, lengths, step):
         model = model_of(params)
-        absorbed = [generate.absorb(stacked.attention, dtype) for stacked in generate.stacks(model)]
+        absorbed = generate.absorb_layers(model, dtype)
         table = make_rope(config, config.max_position, compute.dtype)
         prompt = cache.shape[3] - NEW
         return generate.decode(model, absorbed, token, cache, prompt, lengths, step, table, compute)

@@ -64,12 +64,16 @@ def course(steps: Sequence[float], values: Sequence[float], unit: str) -> dict[s
     }
 
 
-def watch(framework: str, folder: Path, steps: int, interval: int = INTERVAL) -> dict:
+def watch(framework: str, folder: Path, steps: int, interval: int | None = None, preset: str | None = None) -> dict:
     """What became of memory, handles, threads and the time of a step in a run of so many steps, with a checkpoint every
-    `interval` of them."""
+    `interval` of them: of the model of the tests, or of a preset."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = settings(folder, steps, interval)
-    flags = ["--config", str(config), "--run-dir", str(folder / "run"), "--keep-checkpoints", "3"]
+    if preset is None:
+        flags = ["--config", str(settings(folder, steps, interval or INTERVAL))]
+    else:
+        flags = ["--preset", preset, "--steps", str(steps)]
+        flags += [] if interval is None else ["--checkpoint-interval", str(interval)]
+    flags += ["--run-dir", str(folder / "run"), "--keep-checkpoints", "3"]
     command = [sys.executable, "-m", MAINS[framework], *flags]
     with open(folder / "run.out", "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -100,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="A folder for the run.")
     parser.add_argument("--steps", type=int, default=20_000, help="Its length; by default %(default)s.")
     parser.add_argument(
-        "--checkpoint-interval", type=int, default=INTERVAL, help="Steps between checkpoints; by default %(default)s."
+        "--checkpoint-interval", type=int, help=f"Steps between checkpoints; by default {INTERVAL}, or the preset's."
     )
+    parser.add_argument("--preset", help="Settings of the trainers, as tiny; by default a smaller model's.")
     arguments = parser.parse_args(argv)
-    report = watch(arguments.framework, arguments.folder, arguments.steps, arguments.checkpoint_interval)
+    report = watch(
+        arguments.framework, arguments.folder, arguments.steps, arguments.checkpoint_interval, arguments.preset
+    )
     print(json.dumps(report, indent=2))
     return 0 if report["exit code"] == 0 and report["no step is missing or twice"] else 1
 

@@ -243,7 +243,6 @@ OTHER_ARGUMENTS = {
     "resolve_compute": "Flax's kernels take some sizes and not others",
     "Backend.__init__": "Flax compiles ahead, also for devices that are not there",
     "Checkpoints.__init__": "of several Flax processes each writes its own part",
-    "absorb": "Flax absorbs the stacked layers of a kind at once",
     "attend_latents": "torch writes into the layer's part of the cache; Flax returns the cache of all layers",
     "feed_forward": "Flax reads the chosen experts out of the stack",
     "chosen_experts": "the same",

@@ -136,9 +136,12 @@ def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple
     from torch_ref.generate import cast_weights, generate
     from torch_ref.loss import row_losses
     from torch_ref.model import Model
+    from torch_ref.self_check import self_checked
 
     place = resolve_device(device)
     compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
+    if place.type != "cpu":
+        compute = self_checked(compute, place)
     model = Model(state.model_config, place, getattr(torch, compute.param_dtype)).load_values(_values(state))
     cast_weights(model, compute)
 
@@ -161,6 +164,7 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     from flax_model.device import default_dtype, describe, resolve_compute, resolve_device
     from flax_model.generate import cast_weights, generate
     from flax_model.loss import row_losses
+    from flax_model.self_check import self_checked
     from flax_model.trees import merge
     from flax_model.values import from_values
 
@@ -168,6 +172,8 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     place = resolve_device(device)
     compute = ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype)
     compute = resolve_compute(compute, place, state.model_config)
+    if place.platform != "cpu":
+        compute = self_checked(compute, place, state.model_config)
     jax.config.update("jax_default_device", place)
     if compute.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
