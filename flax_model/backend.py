@@ -32,7 +32,6 @@ from flax_model.device import describe, peak_memory, resolve_compute, resolve_de
 from flax_model.processes import agree
 from flax_model.self_check import self_checked
 from flax_model.sharding import (
-    AXES,
     BATCH,
     WHOLE,
     abstract_parameters,
@@ -43,17 +42,17 @@ from flax_model.sharding import (
     host_array,
     make_mesh,
     mesh_devices,
+    own_bytes,
     own_shards,
     per_device,
     replicated,
-    tree_bytes,
     whole,
 )
 from flax_model.train_step import State, loss_sum, train_step
 from flax_model.trees import consume, merge
 from flax_model.values import from_values, structure
 from torch_ref.spec.checkpoint import leaf_at, make_contents
-from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.config import MESH_AXES, ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState
 from torch_ref.spec.memory import require_host_memory
 from torch_ref.spec.parameters import Parameter, flax_path, initial_values, parameter_table
@@ -127,7 +126,7 @@ class FlaxBackend:
         # Pinned shardings: a restored or fresh state then fits the same compiled step as the one it returns.
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
         scored = partial(loss_sum, graphdef=self._graphdef, config=config, compute=compute)
-        rows = PartitionSpec(AXES)
+        rows = PartitionSpec(MESH_AXES)
         self._loss_sum = jax.jit(per_device(scored, mesh, (specs["params"], specs["biases"], rows, rows), WHOLE))
 
     @property
@@ -198,7 +197,7 @@ class FlaxBackend:
 
     def lower_evaluation(self, length: int) -> Lowered:
         """The evaluation of one micro-batch of rows of so many tokens, not yet compiled."""
-        sharding = NamedSharding(self._mesh, PartitionSpec(AXES))
+        sharding = NamedSharding(self._mesh, PartitionSpec(MESH_AXES))
         rows = jax.ShapeDtypeStruct((self._rows_per_pass, length), np.int32, sharding=sharding)
         return self._loss_sum.lower(self._abstract["params"], self._abstract["biases"], rows, rows)
 
@@ -234,7 +233,7 @@ class FlaxBackend:
     def evaluate(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         total = 0.0
         for micro in zip(*split_batch(inputs, targets, self._rows_per_pass, pad=True), strict=True):
-            micro = from_host(micro, NamedSharding(self._mesh, PartitionSpec(AXES)))
+            micro = from_host(micro, NamedSharding(self._mesh, PartitionSpec(MESH_AXES)))
             total += float(self._loss_sum(self._state["params"], self._state["biases"], *micro))
         return total, int((targets != IGNORE).sum())
 
@@ -247,8 +246,7 @@ class FlaxBackend:
         if not self.processes.writes:
             return []
         model = merge(self._graphdef, params, biases)
-        compute = replace(self.compute, mesh=(1, 1, 1), separator=None)
-        return generate(model, [prompt], sampling, seed, compute, on_token)[0]
+        return generate(model, [prompt], sampling, seed, self.compute, on_token)[0]
 
     def save(self, folder: Path, name: str, meta: dict) -> Path:
         contents = make_contents(self.framework, self.model_config, self.steps_done, self._updates, meta)
@@ -284,7 +282,7 @@ class FlaxBackend:
             self._checkpoints.delete(path)
 
     def snapshot(self) -> Any:
-        require_host_memory(tree_bytes(self._state), "a copy of the state")
+        require_host_memory(own_bytes(self._state), "a copy of the state")
         return jax.tree.map(own_shards, self._state)
 
     def rollback(self, snapshot: Any) -> None:

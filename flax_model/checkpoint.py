@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from flax_model.sharding import host_array, tree_bytes
 from torch_ref.spec.checkpoint import (
     DamagedCheckpoint,
+    checkpoint_name,
     in_step_order,
     named_leaves,
     read_errors,
@@ -121,7 +122,8 @@ class Checkpoints:
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
         """Checkpoints in a folder with their steps, oldest first, whole or not."""
-        return in_step_order((path.name, path) for path in Path(folder).glob("*") if path.is_dir())
+        folders = (path for path in Path(folder).glob("*") if path.is_dir())
+        return in_step_order((checkpoint_name(path), path) for path in folders)
 
     def read_contents(self, path: Path) -> dict:
         """A checkpoint's JSON object. Raises `UserError` naming a folder that is absent, something else, or damaged."""

@@ -94,7 +94,8 @@ def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelCon
         raise UserError("--dtype float64: only on the CPU; use --device cpu")
     attention, moe = compute.attention, compute.moe
     half_on_gpu = _has_bfloat16(device) and compute.dtype == "bfloat16"
-    even_heads = config.qk_head_dim % 8 == 0 and config.qk_head_dim <= 128
+    head_size = max(config.qk_head_dim, config.v_head_dim)
+    even_heads = head_size % 8 == 0 and head_size <= 128
     has_kernels = _has_bfloat16(device) and grouped_kernels.takes(config.hidden_size, config.moe_intermediate_size)
     if attention == "auto":
         attention = "cudnn" if half_on_gpu and even_heads else "blocked"
@@ -108,8 +109,8 @@ def resolve_compute(compute: ComputeConfig, device: jax.Device, config: ModelCon
         raise UserError("--attention cudnn: needs --dtype bfloat16 and an NVIDIA GPU from 2020 on; use blocked")
     if attention == "cudnn" and not even_heads:
         raise UserError(
-            f"--attention cudnn: takes heads of 8, 16, ..., 128 values, not {config.qk_head_dim} (--qk-nope-head-dim + "
-            "--qk-rope-head-dim); use blocked"
+            f"--attention cudnn: takes heads of 8, 16, ..., 128 values, not {head_size} (--qk-nope-head-dim + "
+            "--qk-rope-head-dim, or --v-head-dim); use blocked"
         )
     if moe == "pallas" and not (on_cpu or has_kernels):
         raise UserError(

@@ -120,6 +120,12 @@ def _products(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=wide(a[:0]).dtype)
 
 
+def of_one_size(*operands: Float[Array, "batch seq _ _"]) -> list[Float[Array, "batch seq _ size"]]:
+    """Zeros appended to heads up to the largest size among them: they change no score, and no value that is kept."""
+    size = max(x.shape[-1] for x in operands)
+    return [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[-1]))) for x in operands]
+
+
 def attend_cudnn(
     q: Float[Array, "batch seq heads qk"],
     k: Float[Array, "batch seq kv_heads qk"],
@@ -127,13 +133,12 @@ def attend_cudnn(
     scale: float,
     documents: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads vdim"]:
-    """The same by cuDNN's fused kernel on NVIDIA GPUs (half precision only), which wants one head size: v is padded
-    with zeros, and the pad cut off. At 104 and 64 values that is 1.24 times the arithmetic of a tenth of the step; two
-    calls, of the parts with and without position, would each run their own softmax and could not be added. Between
-    documents the kernel takes a mask of all pairs, as numbers that are added to the scores."""
+    """The same by cuDNN's fused kernel on NVIDIA GPUs (half precision only), which wants one head size: what is smaller
+    is padded with zeros, and the pad cut off. At 104 and 64 values that is 1.24 times the arithmetic of a tenth of the
+    step; two calls, of the parts with and without position, would each run their own softmax and could not be added.
+    Between documents the kernel takes a mask of all pairs, as numbers that are added to the scores."""
     v_head_dim = v.shape[-1]
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v_head_dim)))
-    q, k, v = checkpoint_name((q, k, v), "attention")
+    q, k, v = checkpoint_name(of_one_size(q, k, v), "attention")
     mask = None if documents is None else visible_keys(q, documents)[:, None]
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
     return out[..., :v_head_dim]

@@ -2,7 +2,7 @@
 
 JAX's coordination service, which process 0 runs, tells each process of the others; the devices of all are then one
 list, and arrays span them. Where a process ends in an error the others cannot go on: they end, too, and the same
-command goes on from the latest checkpoint.
+command goes on from the latest checkpoint. `torch_ref/processes.py` is the counterpart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch_ref.spec.storage import first_line
 
 CONNECT, SILENCE, SHUTDOWN = 300, 30, 60
 """Seconds: for all processes to come, without a sign of one until it counts as gone, and for all to end."""
-LOST = ("Gloo", "NCCL", "coordination service", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+LOST = ("gloo", "Gloo", "NCCL", "oordination service", "heartbeat", "Heartbeat", "UNAVAILABLE:", "DEADLINE_EXCEEDED")
 """In errors of JAX that tell of another process."""
 
 
@@ -85,14 +85,6 @@ def _filter_errors() -> None:
 # ------------------------------------------------------------------------------------------------------------ together
 
 
-def least(number: int | None, platform: str) -> int | None:
-    """The smallest of a number of bytes over all processes, to a MiB; None if one has None."""
-    if jax.process_count() == 1:
-        return number
-    missing, most = agree([number is None, -((number or 0) >> 20)], platform)()
-    return None if missing else -most << 20
-
-
 @cache
 def _everyone(platform: str) -> tuple[NamedSharding, Callable]:
     """One row of numbers on every device of all processes, and the largest of each number."""
@@ -110,3 +102,11 @@ def agree(wishes: Sequence[int], platform: str) -> Callable[[], list[int]]:
     answer = largest(numbers)
     jax.copy_to_host_async(answer)
     return lambda: np.asarray(answer).tolist()
+
+
+def least(number: int | None, platform: str) -> int | None:
+    """The smallest of a number of bytes over all processes, to a MiB; None if one has None."""
+    if jax.process_count() == 1:
+        return number
+    missing, most = agree([number is None, -((number or 0) >> 20)], platform)()
+    return None if missing else -most << 20

@@ -9,7 +9,7 @@ A mesh has three axes; every device has rows of the batch of its own, whatever t
 
 Norms, router and balance biases are small and whole everywhere. On one device all three axes have size 1. The step
 itself is written for one device and its shard (`jax.shard_map`); the collectives are in this file, and do nothing on
-axes of size 1.
+axes of size 1. `torch_ref/sharding.py` is the counterpart, by FSDP2.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 from numpy.typing import DTypeLike
 
-from torch_ref.spec.config import ModelConfig
+from torch_ref.spec.config import MESH_AXES, ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
-AXES = ("data", "fsdp", "expert")
-"""Of every mesh, in this order."""
-
 MeshShape = tuple[int, int, int]
-"""Sizes of `AXES`."""
+"""Sizes of `MESH_AXES`."""
 
 Tree = dict
 """Nested dict with the paths of `parameters.flax_path`."""
@@ -54,16 +51,16 @@ def mesh_devices(first: jax.Device, shape: MeshShape) -> list[jax.Device]:
 
 def mesh_words(shape: MeshShape) -> str:
     """As `--mesh` takes it."""
-    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    return ",".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
 
 
 def make_mesh(devices: Sequence[jax.Device], shape: MeshShape) -> Mesh:
     """Devices as [data, fsdp, expert]: neighbours, which are joined fastest, share experts, then shards."""
-    return Mesh(np.array(devices).reshape(shape), AXES)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES)
 
 
 def mesh_shape(mesh: Mesh) -> MeshShape:
-    return tuple(mesh.shape[axis] for axis in AXES)
+    return tuple(mesh.shape[axis] for axis in MESH_AXES)
 
 
 def partition(row: Parameter, shape: MeshShape) -> tuple[str | None, ...]:
@@ -97,7 +94,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-BATCH = PartitionSpec(None, AXES)
+BATCH = PartitionSpec(None, MESH_AXES)
 """Of token arrays [micro_batches, rows, seq]: every device has its own rows of each micro-batch."""
 WHOLE = PartitionSpec()
 """Of what is the same on every device."""
@@ -171,6 +168,12 @@ def from_host(tree: Any, sharding: NamedSharding) -> Any:
 def own_shards(array: Array) -> dict[str, np.ndarray]:
     """Copies of the shards that this process holds, by their places in the array."""
     return {str(shard.index): np.array(shard.data) for shard in array.addressable_shards}
+
+
+def own_bytes(tree: object) -> int:
+    """Bytes of `own_shards` of all arrays in a tree."""
+    shards = [{str(shard.index): shard.data for shard in leaf.addressable_shards} for leaf in jax.tree.leaves(tree)]
+    return sum(data.nbytes for parts in shards for data in parts.values())
 
 
 def from_own_shards(shards: dict[str, np.ndarray], like: jax.ShapeDtypeStruct) -> Array:
@@ -254,7 +257,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 def _spread(shape: MeshShape) -> tuple[str, ...]:
     """The axes of a mesh that have more than one device."""
-    return tuple(axis for axis, size in zip(AXES, shape, strict=True) if size > 1)
+    return tuple(axis for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
 
 
 def sum_over_devices(tree: Any, shape: MeshShape) -> Any:
@@ -279,6 +282,6 @@ def global_norm(gradients: Tree, config: ModelConfig, shape: MeshShape) -> Array
     squares: dict[tuple[str, ...], Array] = {}
     specs = partition_specs(config, shape)[0]
     for gradient, spec in zip(jax.tree.leaves(gradients), jax.tree.leaves(specs), strict=True):
-        over = tuple(axis for axis in AXES if axis in spec)
+        over = tuple(axis for axis in MESH_AXES if axis in spec)
         squares[over] = squares.get(over, 0) + jnp.square(gradient).sum()
     return jnp.sqrt(sum(jax.lax.psum(square, over) if over else square for over, square in squares.items()))

@@ -30,9 +30,14 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_configure(config):
-    """One cache of JAX's compiled programs for this session's workers and the processes they start."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """One cache of JAX's compiled programs for all workers, the processes they start, and the next session: JAX finds
+    them by the program, its own version, its flags and the processor. `--cache-clear` begins anew."""
+    if "PYTEST_XDIST_WORKER" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if hasattr(config, "cache"):
+        folder = str(config.cache.mkdir("jax"))
+    else:  # pytest runs without its own cache
         folder = tempfile.mkdtemp(prefix="parity_tests_jax_")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

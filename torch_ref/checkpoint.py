@@ -17,6 +17,7 @@ import torch
 
 from torch_ref.spec.checkpoint import (
     DamagedCheckpoint,
+    checkpoint_name,
     in_step_order,
     named_leaves,
     read_errors,
@@ -49,7 +50,8 @@ class Checkpoints:
 
     def find(self, folder: Path) -> list[tuple[int, Path]]:
         """Checkpoints in a folder with their steps, oldest first, whole or not."""
-        return in_step_order((path.stem, path) for path in Path(folder).glob(f"*{SUFFIX}") if path.is_file())
+        files = (path for path in Path(folder).glob(f"*{SUFFIX}") if path.is_file())
+        return in_step_order((checkpoint_name(path), path) for path in files)
 
     def read_contents(self, path: Path) -> dict:
         """A checkpoint's JSON object, and its tensors mapped from the file. Raises `UserError` naming a file that is
@@ -66,10 +68,6 @@ class Checkpoints:
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The tensors of a checkpoint, mapped from its file; call `check` first."""
         return {name: contents[name] for name in expected}
-
-    def read_parts(self, path: Path, contents: dict, *names: str) -> dict:
-        """Some of a state's dicts of tensors (`weights`, ...), for conversion."""
-        return {name: contents[name] for name in names}
 
     def delete(self, path: Path) -> None:
         path.unlink()

@@ -19,6 +19,12 @@ def visible_keys(
     return causal if documents is None else causal & (documents[:, :, None] == documents[:, None, :])
 
 
+def of_one_size(*operands: Float[Tensor, "batch seq _ _"]) -> list[Float[Tensor, "batch seq _ size"]]:
+    """Zeros appended to heads up to the largest size among them: they change no score, and no value that is kept."""
+    size = max(x.shape[-1] for x in operands)
+    return [x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in operands]
+
+
 def attend_sdpa(
     q: Float[Tensor, "batch seq heads qk"],
     k: Float[Tensor, "batch seq kv_heads qk"],
@@ -26,10 +32,10 @@ def attend_sdpa(
     scale: float,
     documents: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq heads vdim"]:
-    """The same by torch's fused kernels, which want one head size: v is padded with zeros, and the pad cut off. Between
-    documents they take a mask of all pairs, which is slower."""
+    """The same by torch's fused kernels, which want one head size: what is smaller is padded with zeros, and the pad
+    cut off. Between documents they take a mask of all pairs, which is slower."""
     v_head_dim, dtype = v.shape[-1], q.dtype
-    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
+    q, k, v = of_one_size(q, k, v)
     mask = None if documents is None else visible_keys(q, documents)[:, None]
     q, k, v = (operand(x).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
@@ -50,7 +56,7 @@ def attend_masked(
     heads are repeated, and q carries the scale (it was missing from the kernel cache's key, #184122)."""
     v_head_dim, groups = v.shape[-1], q.shape[2] // k.shape[2]
     mask = visible_keys(q, documents)[:, None]
-    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
+    q, k, v = of_one_size(q, k, v)
     q = (q * scale).transpose(1, 2).contiguous()
     k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2).contiguous() for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)

@@ -21,7 +21,8 @@ from torch_ref.spec.storage import first_line
 
 CONNECT, WAIT = 300, 3600
 """Seconds: for all processes to come; for one that is late, as while process 0 writes a sample."""
-LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket", "store", "heartbeat")
+LOST = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket", "socket")
+LOST += ("TCPStore", "DistStore", "heartbeat", "Heartbeat")
 """In errors of torch that tell of another process."""
 
 

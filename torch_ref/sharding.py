@@ -1,6 +1,6 @@
 """Where each tensor lives when several processes train one model: whole in each (`data`), or a part of it (`fsdp`).
 
-A mesh has two axes; every process has rows of the batch of its own, whatever the shape.
+A mesh has two axes (`expert` is Flax's alone); every process has rows of the batch of its own, whatever the shape.
 
 - `data`: copies of the model, whose gradients are summed once a step
 - `fsdp`: torch's FSDP2 (`fully_shard`) splits each parameter along its first dimension, gathers it layer by layer where
@@ -24,18 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torch_ref.spec.config import MESH_AXES
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.processes import Processes
 
-AXES = ("data", "fsdp", "expert")
-"""Of every mesh, in this order; torch leaves the last one to Flax."""
 BUCKET = 2**26
 """Bytes that are summed in one message, at most, or one tensor."""
 
 
 def mesh_words(shape: Sequence[int]) -> str:
     """As `--mesh` takes it."""
-    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if axis != "expert" or size > 1)
+    sizes = zip(MESH_AXES, shape, strict=True)
+    return ",".join(f"{axis}={size}" for axis, size in sizes if axis != "expert" or size > 1)
 
 
 class Mesh(NamedTuple):

@@ -41,7 +41,7 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     early.add_argument("--resume-from", type=user_path)
     early.add_argument("--steps", nargs="?")  # without a value: tyro says what is wrong
     early.add_argument("--tokens", nargs="?")
-    argv = [_hyphenated(word) for word in argv]
+    argv = [hyphenated(word) for word in argv]
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
     for source, given in (("--tokens", vars(chosen)), (str(chosen.config), file_values)):
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str], prog: str) -> Options:
     return _parse_flags(argv, prog, values)
 
 
-def _hyphenated(word: str) -> str:
+def hyphenated(word: str) -> str:
     """A flag in the one spelling: `--init-from` for `--init_from`, which tyro takes too."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word

@@ -237,12 +237,15 @@ def run_validation(model: Path, text_field: str | None) -> tuple[str, dict[str, 
 @shell
 def main(argv: Sequence[str]) -> int:
     options = parse_flags(EvaluateOptions, "python -m train.evaluate", argv, config=(tyro.conf.FlagCreatePairsOff,))
+    cut = options.document_bytes
+    if cut != 0 and cut < 256:
+        raise UserError(f"--document-bytes {cut}: must be 0 or from 256")
     field, named = options.text_field or "text", named_files(options.validation_dataset)
     if not (options.data or options.benchmark or named):
         field, named = run_validation(options.model, options.text_field)
-    sources = [FileSource(pattern, field, document_bytes=options.document_bytes) for pattern in options.data]
+    sources = [FileSource(pattern, field, document_bytes=cut, option="--data") for pattern in options.data]
     apart = {
-        name: FileSource(files, field, document_bytes=options.document_bytes, option="--validation-dataset")
+        name: FileSource(files, field, document_bytes=cut, option="--validation-dataset")
         for name, files in named.items()
     }
     benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]

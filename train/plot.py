@@ -21,7 +21,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import user_path
+from torch_ref.spec.storage import make_folder, user_path, write_errors
 from train.run.runlog import METRICS, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
@@ -76,7 +76,8 @@ class Curves:
 
 
 def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
-    """Draw the runs into one PNG and return its path. Raises `UserError` for a folder that is not a run's."""
+    """Draw the runs into one PNG and return its path. Raises `UserError` for a folder that is not a run's, and for a
+    picture that cannot be written."""
     runs = [Curves.read(run_dir) for run_dir in run_dirs]
     heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
     heights = [7.2, *(2.2 + 0.12 * len(run.steps[0]["expert_counts"]) for run in heat_maps)]
@@ -86,9 +87,16 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
         _draw_curves(curves, runs)
         for place, run in zip(maps, heat_maps, strict=True):
             _draw_expert_load(place, run)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130, bbox_inches="tight", pad_inches=0.2)
+        make_folder(output.parent)
+        with write_errors(output):
+            figure.savefig(output, dpi=130, bbox_inches="tight", pad_inches=0.2)
     return output
+
+
+def require_png(option: str, path: Path) -> None:
+    """Raises `UserError` for a picture of another name: matplotlib chooses a format by it, or appends one."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{option} {path}: must end in .png")
 
 
 def _draw_curves(figure: SubFigure, runs: list[Curves]) -> None:
@@ -234,11 +242,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draw runs into one picture.")
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="One or more folders of runs.")
     parser.add_argument(
-        "--output", type=user_path, help="The PNG file to write; by default plot.png in the first run's folder."
+        "--output",
+        type=user_path,
+        help="The PNG file to write; by default plot.png, of several runs comparison.png, in the first run's folder.",
     )
     arguments = parser.parse_args(argv)
     default = "plot.png" if len(arguments.runs) == 1 else "comparison.png"
-    print(plot_runs(arguments.runs, arguments.output or arguments.runs[0] / default))
+    output = arguments.output or arguments.runs[0] / default
+    require_png("--output", output)
+    print(plot_runs(arguments.runs, output))
     return COMPLETE
 
 

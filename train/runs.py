@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ class RunSummary:
     size: int
     """Bytes of all its files."""
     state: str
-    """complete, interrupted, diverged, data error, failed; running; or stopped: it ended without a word."""
+    """complete, time is up, interrupted, diverged, data error, failed; running; or stopped: it ended without a word."""
 
 
 def summarize(folder: Path) -> RunSummary:
@@ -58,9 +60,19 @@ def summarize(folder: Path) -> RunSummary:
         loss=last.get("loss"),
         best_validation=min(validations, default=None),
         tokens_seen=last.get("tokens_seen") or 0,
-        size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        size=size_of(folder),
         state="running" if is_training(folder) else ended,
     )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all its files."""
+    size = 0
+    for where, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # a run in training renames its checkpoints, and removes old ones
+                size += Path(where, name).stat().st_size
+    return size
 
 
 def is_training(folder: Path) -> bool:
@@ -77,7 +89,8 @@ def _settings(folder: Path) -> dict:
 
 def find_runs(folder: Path) -> Iterator[Path]:
     """Run folders in and below a folder, in order of their names."""
-    yield from sorted(metrics.parent for metrics in folder.rglob(METRICS))
+    # Unlike Path.rglob it passes over a folder that a run in training renames meanwhile.
+    yield from sorted(Path(where) for where, _, files in os.walk(folder) if METRICS in files)
 
 
 def table_of(runs: Sequence[RunSummary], root: Path) -> Table:

@@ -217,6 +217,22 @@ def test_plot(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [
+        ("--plot", "sweep.foo", "--plot {}: must end in .png"),
+        ("--plot", "a folder.png", "{}: could not be written: Is a directory"),
+        ("--json", "a folder.png", "{}: could not be written: Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, option, name, said):
+    monkeypatch.setattr(bench, "run_case", lambda case: [row("flax", "gradient", 123.0, "tokens/s")])
+    (tmp_path / "a folder.png").mkdir()
+    assert bench.main(["--quick", "--only", "gradient", option, str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: " + said.format(tmp_path / name)) and error.count("\n") == 1
+
+
 def test_a_real_run(tmp_path, monkeypatch, capsys):
     """The torch side only: it needs the fewest seconds."""
     pytest.importorskip("torch", reason="torch is not installed")

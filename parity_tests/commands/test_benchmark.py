@@ -3,8 +3,10 @@ in lm-evaluation-harness, which runs the exported folder where it is installed (
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,21 +88,43 @@ def test_questions_are_worded_as_in_the_harness(tmp_path):
 
 BROKEN = {
     "{": "not JSON",
+    "[" * 100_000: "not JSON",
     "[1]": "not a question in the layout of HellaSwag, ARC or PIQA",
     '{"goal": "x", "sol1": "a", "label": 0}': "incomplete \\('sol2' is missing\\)",
     '{"goal": "x", "sol1": "a", "sol2": "b"}': "incomplete",
     '{"goal": "x", "sol1": "a", "sol2": "b", "label": 2}': "the answer is none of its 2 choices",
+    '{"goal": "x", "sol1": "a", "sol2": "b", "label": Infinity}': "incomplete",
     '{"question": "x", "choices": ["a", 7], "answer": 0}': "a choice that is no text",
     '{"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}': "incomplete",
 }
 
 
-@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:80])
 def test_a_broken_record_is_named_by_its_line(tmp_path, line):
     good = '{"question": "x", "choices": ["a", "b"], "answer": 0}'
     (tmp_path / "set.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(UserError, match=f"--benchmark .*set.jsonl:2: {BROKEN[line]}"):
         list(read_questions(tmp_path / "set.jsonl"))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    questions, labels = tmp_path / "set.jsonl", tmp_path / "set-labels.lst"
+    questions.write_text('{"goal": "x", "sol1": "a", "sol2": "b"}\n')
+
+    def refused(file):
+        with pytest.raises(UserError) as error:
+            list(read_questions(file))
+        return str(error.value)
+
+    assert refused(Path(".")) == "--benchmark .: Is a directory"
+    labels.write_bytes(b"\xff\n")
+    assert refused(questions) == f"--benchmark {labels}: not UTF-8 text; it must be a label a line"
+
+    def refuse(*_, **__):  # root may read every file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert refused(questions) == f"--benchmark {labels}: Permission denied"
 
 
 class Letters:

@@ -243,7 +243,8 @@ def test_every_path_compiles(attention: str, moe: str, remat: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "cudnn", "pallas"),
     [
-        (("--qk-nope-head-dim", "12", "--qk-rope-head-dim", "8"), False, True),
+        (("--qk-nope-head-dim", "12", "--qk-rope-head-dim", "8", "--v-head-dim", "16"), False, True),
+        (("--qk-nope-head-dim", "12", "--qk-rope-head-dim", "8", "--v-head-dim", "24"), True, True),
         (("--moe-intermediate-size", "100"), True, False),
         (("--moe-intermediate-size", "101", "--hidden-size", "60"), True, False),
     ],

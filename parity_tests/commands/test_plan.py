@@ -116,10 +116,12 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     assert sum(sizes) == pytest.approx(float(total[1]) * {"GB": 1e9, "MB": 1e6}[total[2]], rel=0.01)
     assert "all-reduce over data: gradients" in text and "Cost: " in text
     assert "2 checkpoints of 592 MB, the best one" in text
-    settings = tmp_path / "settings.toml"
+    settings = tmp_path / "my_run" / "settings.toml"
+    settings.parent.mkdir()
     settings.write_text('preset = "small"\nseq_len = 256\n')
-    assert main(["--config", str(settings), "--device", "cpu", "--framework", "torch"]) == 0
-    assert "8 x 256 = 2,048 tokens a step" in capsys.readouterr().out
+    for config in (["--config", str(settings)], [f"--config={settings}"]):
+        assert main([*config, "--device", "cpu", "--framework", "torch"]) == 0
+        assert "8 x 256 = 2,048 tokens a step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

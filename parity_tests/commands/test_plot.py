@@ -94,6 +94,26 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == f"error: {tmp_path}: no step has been logged yet\n"
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("curves", "--output {}: must end in .png"),
+        ("curves.foo", "--output {}: must end in .png"),
+        ("a folder.png", "{}: could not be written: Is a directory"),
+        ("a file/curves.png", "{.parent}: cannot be made"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, output: str, said: str
+) -> None:
+    run = write_run(tmp_path / "run", steps=1)
+    (tmp_path / "a folder.png").mkdir()
+    (tmp_path / "a file").touch()
+    assert main([str(run), "--output", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: " + said.format(tmp_path / output)) and error.count("\n") == 1
+
+
 def test_running_mean() -> None:
     values = np.arange(300.0)
     assert np.allclose(running_mean(values), values)  # centred, also at both ends

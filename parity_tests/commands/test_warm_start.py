@@ -287,6 +287,7 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--diversity", "1.5"], "--diversity 1.5"),
         (["--seq-len", "4096"], "--seq-len 4096: must be from 2 to"),
         (["--fit-rows", "many"], "fit-rows"),
+        (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
 )
 def test_mistakes_end_in_one_line(teacher, tmp_path, capsys, arguments, message):
@@ -295,6 +296,14 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, capsys, arguments, message)
     assert warm_start.main([*given, *arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and message in said and "\n" not in said
+
+
+def test_a_text_to_measure_on_without_text_is_refused(teacher, tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text('{"other": 1}\n')
+    arguments = [*arguments_for(teacher, tmp_path / "model"), "--also-measure", str(tmp_path / "other.jsonl")]
+    assert warm_start.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: --also-measure {tmp_path / 'other.jsonl'}: no text in there"
 
 
 def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, warm, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
 import random
 
 import pyarrow
@@ -180,6 +182,19 @@ def test_files_that_cannot_be_rows_are_refused_with_the_cause(name, content, sai
     with pytest.raises(UserError) as error:
         source_of(tmp_path, name, content)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.jsonl"])
+def test_a_file_that_may_not_be_read_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"text")
+
+    def refuse(file, *arguments):  # root may read every file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    said = f"--data: .*{name} can't be read as {name.removeprefix('a.')}: PermissionError"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+        patch.setattr("builtins.open", refuse)
+        FileSource(str(tmp_path / name), option="--data")
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])

@@ -83,20 +83,6 @@ def test_the_thread_works_ahead_but_not_without_bound():
         next(batches)
 
 
-def test_waiting_is_measured():
-    def slow():
-        for number in range(3):
-            time.sleep(0.1)
-            yield batch_of(number)
-
-    batches = Prefetcher(slow(), 2, threading.Event())
-    assert len(list(batches)) == 3
-    assert 0.2 < batches.wait_seconds < 2
-    waited = batches.wait_seconds
-    time.sleep(0.1)
-    assert batches.wait_seconds == waited
-
-
 def data_threads():
     return [thread for thread in threading.enumerate() if thread.name == "data"]
 

@@ -20,10 +20,10 @@ print(jax.config.jax_compilation_cache_dir, events.count("cache_hits"), float(va
 """
 
 
-def run(**variables: str) -> list[str]:
+def run(program: str = PROGRAM, **variables: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment | variables, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment | variables, capture_output=True, text=True, check=True
     )
     return done.stdout.split()
 
@@ -39,3 +39,8 @@ def test_another_folder_and_none(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[0] == str(tmp_path / "own")
     (tmp_path / "file").write_text("")
     assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[:2] == ["None", "0"]
+
+
+def test_a_user_without_a_home():
+    homeless = "import os.path; os.path.expanduser = lambda path: path\n"  # what it does where no home is known
+    assert run(homeless + PROGRAM, XDG_CACHE_HOME="")[:2] == ["None", "0"]

@@ -268,10 +268,14 @@ def test_flax_choices_on_gpus():
     assert paths(new, "bfloat16") == ("cudnn", "pallas")
     assert paths(new, "float32") == ("blocked", "pallas")
     assert paths(old, "bfloat16") == paths(amd, "bfloat16") == ("blocked", "dense")
-    # What the kernels do not take: heads of 12 + 8, an ffn that is no multiple of 16.
-    assert paths(new, "bfloat16", qk_nope_head_dim=12, qk_rope_head_dim=8) == ("blocked", "pallas")
+    # What the kernels do not take: heads of 12 + 8 (padded to the values' 64 they are taken), an ffn that is no
+    # multiple of 16.
+    heads = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    assert paths(new, "bfloat16", **heads) == ("blocked", "pallas")
+    assert paths(new, "bfloat16", **heads | {"v_head_dim": 64}) == ("cudnn", "pallas")
+    assert paths(new, "bfloat16", **heads | {"v_head_dim": 136}) == ("blocked", "pallas")
     assert paths(new, "bfloat16", moe_intermediate_size=1500) == ("cudnn", "dense")
-    odd = dataclasses.replace(FULL, qk_nope_head_dim=12, qk_rope_head_dim=8, moe_intermediate_size=1500)
+    odd = dataclasses.replace(FULL, **heads, moe_intermediate_size=1500)
     with pytest.raises(UserError, match="--attention cudnn: .* not 20"):
         device.resolve_compute(ComputeConfig("bfloat16", attention="cudnn"), new, odd)
     with pytest.raises(UserError, match="--moe pallas: .*--moe-intermediate-size"):
@@ -385,6 +389,17 @@ assert up.sharding.shard_shape(up.shape) == (layers, experts // 2, ffn // 2, hid
 tokens = jax.device_put(np.zeros((3, 4, 8), np.int32), batch_sharding(mesh))
 assert {shard.data.shape for shard in tokens.addressable_shards} == {(3, 1, 8)}
 """
+
+
+def test_a_copy_of_the_state_takes_what_this_process_holds():
+    """Of an array of sixteen numbers, two shards of four, one of them on two devices."""
+    pytest.importorskip("flax")
+    import numpy as np
+
+    from flax_model.sharding import own_bytes
+
+    one, other = (SimpleNamespace(index=(slice(at, at + 4),), data=np.zeros(4, np.float32)) for at in (0, 4))
+    assert own_bytes({"weight": SimpleNamespace(shape=(16,), addressable_shards=[one, one, other])}) == 32
 
 
 def test_four_devices_hold_an_expert_each():

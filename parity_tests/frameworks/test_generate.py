@@ -229,6 +229,11 @@ def test_a_seed_gives_a_text(runner):
     assert twins[0] == first[0] and twins[0] != twins[1]
 
 
+def test_a_negative_seed_is_refused():
+    with pytest.raises(UserError, match="--seed -1: must not be negative"):
+        draw_uniforms(-1, batch=1, count=4)
+
+
 def test_a_seed_gives_the_same_text_in_both_frameworks():
     pytest.importorskip("torch")
     pytest.importorskip("jax")

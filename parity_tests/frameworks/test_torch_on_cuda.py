@@ -136,6 +136,21 @@ def test_a_compiled_layer_that_is_wrong_is_not_used(monkeypatch, wrong, factor):
         assert trained("float32", "on", steps=1)[0].compute.compile == "off"
 
 
+def test_a_gradient_that_is_rounding_alone_is_not_judged(monkeypatch):
+    """That of a router that gives each token one expert: its weight is 1 whatever the scores are."""
+
+    def compiled(block, x, rope, compute, documents):
+        out, report = torch_block.run_layer(block, x, rope, compute, documents)
+        return out + 1e-9 * block.mlp.router.weight.sum(), report
+
+    monkeypatch.setattr(self_check, "compiled_layer", lambda: compiled)
+    monkeypatch.setattr(self_check, "_compiled_loss_error", lambda *_: None)
+    config = replace(MODEL, first_k_dense=0, num_experts_per_tok=1)
+    made = TorchBackend(config, COMPUTE, OPTIMIZER, "cpu")
+    made.init(0)
+    assert self_check.compile_error(made.compute, made.model, torch.from_numpy(batch(0)[0])) is None
+
+
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_a_compiled_loss_that_is_wrong_is_not_used(tracing, monkeypatch, wrong):
     def compiled(logits, targets, dtype):

@@ -201,10 +201,10 @@ def test_faults_in_kernels_are_seen(fault, monkeypatch):
 LENGTHS = [1, 2, 5, 63, 64, 65, 300]
 
 
-def attention_operands(seq, dtype):
+def attention_operands(seq, dtype, value_size=14):
     """Three heads to one K/V head, and key and value sizes that differ."""
     generator = np.random.default_rng(seq)
-    shapes = ((2, seq, 6, 20), (2, seq, 2, 20), (2, seq, 2, 14))
+    shapes = ((2, seq, 6, 20), (2, seq, 2, 20), (2, seq, 2, value_size))
     return [generator.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
@@ -216,9 +216,9 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("seq", LENGTHS)
+@pytest.mark.parametrize("seq, value_size", [*((seq, 14) for seq in LENGTHS), (65, 32)])
 @pytest.mark.parametrize("framework, path", ATTENTION)
-def test_attention_paths_against_the_plain_one(framework, path, seq, monkeypatch):
+def test_attention_paths_against_the_plain_one(framework, path, seq, value_size, monkeypatch):
     attention = module(framework, "attention")
     if framework == "flax":
         if seq not in (1, 65, 300):
@@ -226,8 +226,8 @@ def test_attention_paths_against_the_plain_one(framework, path, seq, monkeypatch
         monkeypatch.setattr(
             module(framework, "fused_attention"), "QUERY_BLOCK", 64
         )  # several blocks, without the sizes that 256 would take
-    operands = attention_operands(seq, np.float64)
-    upstream = np.random.default_rng(1).standard_normal((2, seq, 6, 14))
+    operands = attention_operands(seq, np.float64, value_size)
+    upstream = np.random.default_rng(1).standard_normal((2, seq, 6, value_size))
     got, expected = (
         gradients(framework)(
             lambda q, k, v, name=name: attention.ATTENTION_PATHS[name](q, k, v, 20**-0.5), operands, upstream

@@ -44,13 +44,14 @@ def test_a_run_with_a_stable_phase_is_extended_exactly(stage: Stage, tmp_path: P
     assert "step_14.npz" in branch.files("checkpoints")
 
 
-def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile_steps", ["", "16-17"])
+def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_path: Path, profile_steps: str) -> None:
     long = Stage(tmp_path / "long")
     long.train(**WSD | {"steps": 18})
     stage.prepare(small_options(**WSD))
     stage.backend.before_step = kill_at(signal.SIGTERM, 6)
     assert stage.train() == 128 + signal.SIGTERM
-    assert stage.train(**WSD | {"steps": 18}) == COMPLETE
+    assert stage.train(**WSD | {"steps": 18}, profile_steps=profile_steps) == COMPLETE
     assert stage.losses() == long.losses()
 
 
@@ -128,11 +129,12 @@ def test_checkpoints_by_the_clock(stage: Stage, straight: Stage, minutes: list[f
     assert stage.losses() == straight.losses()
 
 
-def test_a_linear_schedule_says_why_it_is_not_extended(straight: Stage) -> None:
+@pytest.mark.parametrize("profile_steps", ["", "20-22"])
+def test_a_linear_schedule_says_why_it_is_not_extended(straight: Stage, profile_steps: str) -> None:
     with pytest.raises(
         UserError, match=r"--steps was 12, now 24.*jump from 0\.01 to 0\.0\d+ at step 16; more --extended"
     ):
-        straight.train(steps=24)
+        straight.train(steps=24, profile_steps=profile_steps)
 
 
 def test_checkpoints_from_before_the_schedules_are_linear(straight: Stage) -> None:

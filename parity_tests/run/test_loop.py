@@ -15,7 +15,7 @@ import pytest
 
 from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage, kill_at
-from torch_ref.spec.interface import IGNORE, UserError
+from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from train.data.feed import Validation
 from train.run.options import Options
 from train.run.overview import disk_estimate
@@ -23,6 +23,7 @@ from train.run.progress import Progress
 from train.run.runlog import read_metrics, validation_curves
 from train.run.scoring import fixed_size_parts
 from train.shell import COMPLETE, FAILED
+from train.state.card import model_card
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -296,6 +297,9 @@ def test_early_stopping_ends_the_run_and_survives_a_resume(stage: Stage) -> None
     assert stage.files("best") == ["step_4.npz"] and "step_final_10.npz" in stage.files("checkpoints")
     assert "stopped early at step 10, after 3 validations without a better one" in stage.text
     assert "best validation loss 2.0000 at step 4" in stage.text
+    meta = stage.backend.restore(stage.run_dir / "checkpoints" / "step_final_10.npz")
+    card = model_card(TrainingState(stage.options.model, {}, step=10, meta=meta), None)
+    assert "lowest loss on held-out text, to within 0.1: 2.0000 nats per token" in card
 
     stage.prepare(small_options(**settings))
     assert stage.train() == COMPLETE
@@ -343,6 +347,16 @@ def test_too_many_broken_steps_stop_with_the_last_good_state(stage: Stage) -> No
     stage.backend.broken_steps = {9, 10}  # two more are fewer than three
     assert stage.train() == COMPLETE
     assert stage.data.given[0] == 8
+
+
+def test_a_checkpoint_due_where_broken_steps_stop_the_run_does_not_count_them(stage: Stage) -> None:
+    settings = {"max_skipped_steps": 3, "checkpoint_interval": 8}
+    stage.prepare(small_options(**settings))
+    stage.backend.broken_steps = {6, 7, 8}
+    assert stage.train() == FAILED
+    stage.prepare(small_options(**settings))
+    stage.backend.broken_steps = {9, 10}
+    assert stage.train() == COMPLETE
 
 
 def test_unreadable_data_saves_and_ends(stage: Stage, straight: Stage) -> None:

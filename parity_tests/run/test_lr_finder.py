@@ -12,6 +12,7 @@ from parity_tests.support.fakes import FakeBackend, FakeData, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
 from train.run.lr_finder import HIGHEST, LOWEST, SWEEP_STEPS, Sweep, find_learning_rate, suggestion
+from train.shell import FAILED
 
 
 def test_the_sweep_is_exponential() -> None:
@@ -95,3 +96,27 @@ def test_a_signal_ends_the_sweep_and_trains_nothing(tmp_path: Path) -> None:
     assert stage.train() == 130
     assert len(stage.data.given) == 6 and stage.backend.steps_done == 0
     assert not (stage.run_dir / "checkpoints").exists() and stage.records("step") == []
+    assert stage.records("end") == [{"kind": "end", "step": 0, "state": "interrupted"}]
+
+
+def test_text_that_cannot_be_read_ends_the_sweep(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "run", small_options(find_lr=True))
+    stage.data.fails_at = 20
+    assert stage.train() == FAILED
+    assert stage.records("end") == [{"kind": "end", "step": 0, "state": "data error"}]
+
+
+def test_a_sweep_without_a_rate_fails(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "run", small_options(find_lr=True))
+    stage.backend.broken_steps = {5}
+    with pytest.raises(UserError, match="only 4 steps had a finite loss"):
+        stage.train()
+    assert stage.records("end") == [{"kind": "end", "step": 0, "state": "failed"}]
+
+
+def test_a_sweep_that_cannot_be_drawn_fails(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "run", small_options(find_lr=True))
+    (stage.run_dir / "lr_finder.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="lr_finder.png: could not be written: Is a directory"):
+        stage.train()
+    assert stage.records("end")[0]["state"] == "failed"

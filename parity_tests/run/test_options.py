@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,10 @@ from torch_ref.spec.config import PRESETS, ModelConfig
 from torch_ref.spec.huggingface import export_folder
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import initial_values
-from train.command_line import parse, settings_table
+from train.command_line import field_docstrings, parse, settings_table
 from train.data.hub import DEFAULT_CONFIGS
 from train.data.options import Dataset
-from train.run.options import Options, flag, trajectory_differences
+from train.run.options import DeviceOptions, Options, flag, trajectory_differences
 
 PROMISED = (
     "--preset --config --run-dir --seed --device --dtype --dataset --dataset-config --tokenizer --steps "
@@ -136,6 +138,8 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--tokens", "many"], "--tokens many: must be a number such as 200M"),
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--tokens", "9" * 310], "9: must be below 1e308"),
+        (["--tokens", "9" * 300 + "T"], "9T: must be below 1e308"),
         (["--decay-steps", "9"], "--decay-steps 9: only --lr-schedule wsd"),
         (["--lr-schedule", "wsd", "--decay-steps", "20000"], "--decay-steps 20000: must be from 1 to --steps 10000"),
         (["--profile-steps", "23-20"], "--profile-steps 23-20: must be FIRST-LAST, such as 20-23, from 1 to 10100"),
@@ -230,6 +234,16 @@ def test_every_setting_is_explained() -> None:
         assert cells[3].strip().endswith("."), cells
     table = settings_table()
     assert "| `--learning-rate` * | `0.003` |" in table and "| `--device` | `auto` |" in table
+
+
+@pytest.mark.parametrize("package", ["flax_model", "torch_ref"])
+def test_the_help_names_every_path(package: str) -> None:
+    pytest.importorskip({"flax_model": "jax", "torch_ref": "torch"}[package])
+    described = field_docstrings(DeviceOptions)
+    for setting, module in (("attention", "attention"), ("moe", "moe")):
+        paths = {"attention": "ATTENTION_PATHS", "moe": "EXPERT_PATHS"}[setting]
+        for path in getattr(importlib.import_module(f"{package}.{module}"), paths):
+            assert re.search(rf"\b{path}\b", described[setting]), path
 
 
 def test_the_docs_have_the_current_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -206,6 +207,31 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
         assert text in shown
     assert main([str(shelf / "nothing")]) == 2
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
+
+
+def test_metrics_that_cannot_be_read_are_one_line(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert main([str(shelf)]) == 2
+    assert capsys.readouterr().err == f"error: {shelf / 'a-torch' / 'metrics.jsonl'}: Permission denied\n"
+
+
+def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = shelf / "a-torch" / "checkpoints" / "step_5.partial"
+    saving.mkdir(parents=True)
+    scandir = os.scandir
+
+    def renamed(folder: Path | str) -> object:
+        if Path(folder) == saving:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", renamed)
+    assert [summarize(folder).state for folder in find_runs(shelf)] == ["complete", "stopped"]
 
 
 def test_a_reader_that_goes_away_is_noted_and_the_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

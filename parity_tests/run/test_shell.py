@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.leaving import leave
 from torch_ref.spec.memory import host_memory_available
+from torch_ref.spec.processes import Processes
 from train.run.guard import HOLDER, exclusive
 from train.shell import shell, write_any_character
 
@@ -39,6 +42,29 @@ def test_mistakes_are_one_line(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr("train.shell.forget_output", lambda: None)
     assert raising(error)([]) == code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("package", ["torch_ref", "flax_model"])
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            2,
+            "another process",
+        ),
+        (UserError("--dtype: no"), 2, "error: process 1: --dtype: no"),
+        (OSError(11, "Resource temporarily unavailable", "text.jsonl"), 1, "BlockingIOError: "),
+        (RuntimeError("cannot restore /mnt/datastore/x"), 1, "RuntimeError: "),
+    ],
+)
+def test_an_error_of_ones_own_is_not_put_down_to_another_process(package, error, code, said, capsys, monkeypatch):
+    pytest.importorskip({"torch_ref": "torch", "flax_model": "jax"}[package])
+    lost = importlib.import_module(f"{package}.processes").LOST
+    monkeypatch.setattr("os._exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit) as ended:
+        leave(error, Processes(2, 1), lost)
+    assert ended.value.code == code and said in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_refused_by_name(capsys):

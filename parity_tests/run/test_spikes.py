@@ -123,6 +123,38 @@ def test_an_interruption_changes_nothing(tmp_path: Path, at_step: int, keep: int
     assert stage.records("spike") == straight.records("spike") != []
 
 
+@pytest.mark.parametrize("moment", ["in the validation", "after the step"])
+def test_what_is_due_at_the_step_of_a_rollback_is_not_lost(tmp_path: Path, moment: str) -> None:
+    def validating(name: str) -> Stage:
+        stage = prepared(tmp_path / name, 34, eval_interval=37, sample_interval=37)
+        stage.backend.validation_losses = float  # it rises: the best one is that of the step rolled back at
+        return stage
+
+    straight, stage = validating("straight"), validating("run")
+    assert straight.train() == COMPLETE
+    if moment == "in the validation":
+        evaluate, stop = stage.backend.evaluate, kill_at(2, 37)
+        stage.backend.evaluate = lambda *rows: (stop(stage.backend.steps_done), evaluate(*rows))[1]
+        assert stage.train() == 130
+    else:
+        jump = stage.backend.before_step
+
+        def crash(step: int) -> None:
+            jump(step)
+            if step == 38:
+                raise RuntimeError("power cut")
+
+        stage.backend.before_step = crash
+        with pytest.raises(RuntimeError):
+            stage.train()
+    stage = validating("run")
+    assert stage.train() == COMPLETE
+    assert stage.data.given[0] == 37, "from the checkpoint of the rollback"
+    assert numbers(stage.run_dir) == numbers(straight.run_dir)
+    for kind in ("spike", "validation", "sample"):
+        assert stage.records(kind) == straight.records(kind) != []
+
+
 def test_a_run_that_diverges_again_and_again_stops(tmp_path: Path) -> None:
     stage = prepared(tmp_path / "run", *range(31, 46), checkpoint_interval=30)
     assert stage.train() == FAILED

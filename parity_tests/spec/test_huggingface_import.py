@@ -20,7 +20,7 @@ from parity_tests.support.exports import (
     torch_logits,
     values_with_bias,
 )
-from torch_ref.spec.huggingface import SIDECAR, export_folder, import_folder
+from torch_ref.spec.huggingface import SIDECAR, changed_tensors, export_folder, import_folder
 from torch_ref.spec.interface import UserError
 
 
@@ -146,6 +146,24 @@ def test_import_names_the_config_field_it_refuses(tmp_path, field):
     with pytest.raises(UserError, match=ours.get(field, field)) as refusal:
         import_folder(tmp_path / "out")
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("value", ["yarn", [1, 2]])
+def test_frequencies_that_are_no_object_are_refused(tmp_path, field, value):
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
+    path = tmp_path / "out/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=f"config.json: {field} = .*must be an object"):
+        import_folder(tmp_path / "out")
+
+
+def test_checksums_that_are_no_object_are_refused(tmp_path):
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL))
+    path = tmp_path / "out" / SIDECAR
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checksums": [1]}))
+    with pytest.raises(UserError, match=f"{SIDECAR}: checksums is no object"):
+        changed_tensors(tmp_path / "out")
 
 
 @pytest.mark.parametrize("field", ["n_group", "tie_word_embeddings", "vocab_size"])

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, from_bfloat16_bits, to_bfloat16_bits
+from torch_ref.spec.storage import (
+    TensorReader,
+    TensorSpec,
+    TensorWriter,
+    from_bfloat16_bits,
+    size_in_words,
+    to_bfloat16_bits,
+)
 
 
 def test_files_are_what_the_safetensors_library_writes_and_reads(tmp_path):
@@ -51,6 +58,31 @@ def test_reader_names_a_damaged_file(tmp_path, damage):
         path.unlink()
     with pytest.raises(UserError, match="model.safetensors"):
         TensorReader(path)
+
+
+def test_a_reader_knows_its_names_without_reading(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with TensorWriter(path, [TensorSpec("a", (4,), "float32")]) as out:
+        out.write("a", np.ones(4, np.float32))
+    reader = TensorReader(path, checksums={"a": "of something else"})
+    assert "a" in reader and "b" not in reader
+    with pytest.raises(UserError, match="a differs from its checksum"):
+        reader["a"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="x.safetensors: cut short at a"):
+        reader["a"]
+    path.unlink()
+    with pytest.raises(UserError, match="x.safetensors: No such file"):
+        reader["a"]
+
+
+@pytest.mark.parametrize(
+    "size, said",
+    [(0, "0 kB"), (499, "0.499 kB"), (999_400, "999 kB"), (999_500, "1 MB"), (1_234_000, "1.23 MB")]
+    + [(999_600_000, "1 GB"), (999_700_000_000, "1,000 GB"), (9_290_000_000_000, "9,290 GB")],
+)
+def test_sizes_in_words(size, said):
+    assert size_in_words(size) == said
 
 
 def test_bfloat16_rounds_to_nearest_even_like_torch():

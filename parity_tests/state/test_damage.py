@@ -13,8 +13,10 @@ import pytest
 
 from parity_tests.support.backends import FRAMEWORKS, arrays, batch, make_backend, schedule
 from torch_ref.spec.checkpoint import DamagedCheckpoint
+from torch_ref.spec.huggingface import SIDECAR
 from torch_ref.spec.interface import UserError
 from train.convert import main as convert
+from train.state.resume import DAMAGED, own_checkpoints
 from train.state.source import load_checkpoint, locate, open_state
 
 META = {"cursor": {"epoch": 1, "document": 7}, "loss": 3.25, "options": {"seed": 0, "run_dir": None}}
@@ -137,6 +139,36 @@ def test_many_single_bits_of_every_file(saved, tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{saved[0].framework}: one bit flipped, {sum(seen.values())} times: {seen}")
     assert seen["refused"] > 300
+
+
+def test_what_was_set_aside_is_no_checkpoint(saved, tmp_path):
+    """Not for what reads a run folder, beside a whole one, nor for the trainer, alone in its folder."""
+    backend, path, _ = saved
+    run = tmp_path / "run"
+    copy_of(path, run / "checkpoints").rename(run / "checkpoints" / f"{path.name}{DAMAGED}")
+    with pytest.raises(UserError, match="was set aside"):
+        own_checkpoints(backend, run, None)
+    assert own_checkpoints(backend, run, path) == []
+    whole = copy_of(path, run / "checkpoints")
+    assert locate(run).path == locate(run, step=1).path == whole
+    assert own_checkpoints(backend, run, None) == [(1, whole)]
+
+
+def test_weights_of_another_model_are_refused_by_name(saved, tmp_path):
+    """Also where the file is named, and not the folder that says more of it."""
+    backend, path, _ = saved
+    assert convert([str(path), str(tmp_path / "exported"), "--to", "transformers"]) == 0
+    assert convert([str(tmp_path / "exported"), str(tmp_path / "weights"), "--to", backend.framework]) == 0
+    weights = next(file for file in (tmp_path / "weights").iterdir() if file.suffix in (".pt", ".safetensors"))
+    sidecar = tmp_path / "weights" / SIDECAR
+    model = json.loads(sidecar.read_text())["model"]
+    for changed, said in (({"v_head_dim": 16}, "the sizes beside it ask for"), ({"num_layers": 3}, "missing")):
+        sidecar.write_text(json.dumps({"model": model | changed}))
+        with pytest.raises(UserError, match=f"{weights.name}: .*{said}"):
+            open_state(locate(weights))
+    sidecar.write_text(json.dumps({"model": None}))
+    with pytest.raises(UserError, match=f"{SIDECAR}: made by another version"):
+        open_state(locate(weights))
 
 
 @pytest.mark.parametrize("form", ["neutral", "torch", "transformers"])

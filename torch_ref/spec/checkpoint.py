@@ -56,6 +56,11 @@ def read_errors(path: Path, *unreadable: type[Exception]) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- names
 
 
+def checkpoint_name(path: Path) -> str:
+    """Of a file or folder: `step_1000` for `step_1000.pt`, and `step_1000.damaged` for one that was set aside."""
+    return path.name.removesuffix(".pt")
+
+
 def checkpoint_step(name: str) -> int | None:
     """The step in a checkpoint's name: 1000 for `step_1000`, 10100 for `step_final_10100`; None for other names."""
     match = re.fullmatch(r"(?:\w+_)?(\d+)", name)

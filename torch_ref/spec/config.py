@@ -10,6 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+MESH_AXES = ("data", "fsdp", "expert")
+"""Of every mesh of devices, in this order: copies of the model, parts of its weights, its experts."""
+
 
 class SpecificationError(ValueError):
     """A model size, or a combination of sizes, that does not describe a model. The message names the field."""

@@ -57,7 +57,9 @@ def draw_uniforms(seed: int, batch: int, count: int) -> Float32[np.ndarray, "bat
     both frameworks, so that a seed gives the same text in either, up to rounding.
 
     They are multiples of 2**-23. For a float32 total t, t * u is then below t in float32 arithmetic too, so a search
-    for it in a cumulative sum that ends at t always finds a token.
+    for it in a cumulative sum that ends at t always finds a token. Raises `UserError` for a negative seed.
     """
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must not be negative")
     rows = [np.random.Generator(np.random.PCG64([seed, row])).integers(0, 1 << 23, count) for row in range(batch)]
     return (np.stack(rows) / (1 << 23)).astype(np.float32)

@@ -221,6 +221,8 @@ def changed_tensors(folder: Path) -> list[str]:
     checksums = read_json(sidecar).get("checksums", {}) if sidecar.is_file() else {}
     if not checksums:
         return []
+    if not isinstance(checksums, dict):
+        raise UserError(f"{sidecar}: checksums is no object")
     reader = _open_weights(Path(folder))
     return [name for name in reader if checksums.get(name) != checksum(reader[name])]
 

@@ -147,6 +147,8 @@ def _rope_theta(path: Path, fields: dict) -> float:
     theta = fields.get("rope_theta")
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: {name} = {rope!r}; must be an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{path}: {name} asks for {kind!r} frequencies; this model only has 'default'")

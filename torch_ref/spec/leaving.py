@@ -25,7 +25,7 @@ def leave(error: BaseException, processes: Processes = ALONE, lost: Sequence[str
         code = 128 + error.args[0] if error.args else 130
     elif isinstance(error, UserError | SpecificationError):
         print(f"error: {place}{error}", file=sys.stderr)
-    elif any(word.lower() in str(error).lower() for word in lost):
+    elif any(word in str(error) for word in lost):
         print(f"error: {ENDED.format('another process')} ({first_line(error)})", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -152,7 +152,12 @@ class TensorReader(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         spec, (path, offset) = self.specs[name], self._place[name]
         stored = np.dtype("<u2") if spec.dtype == "bfloat16" else np.dtype(spec.dtype).newbyteorder("<")
-        flat = np.fromfile(path, stored, math.prod(spec.shape), offset=offset)
+        try:
+            flat = np.fromfile(path, stored, math.prod(spec.shape), offset=offset)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from error
+        if flat.size != math.prod(spec.shape):
+            raise UserError(f"{path}: cut short at {name}; write or fetch it again")
         if self._checksums is not None and self._checksums.get(name) != checksum(flat.reshape(spec.shape)):
             raise UserError(f"{path}: damaged: {name} differs from its checksum; write or fetch it again")
         if spec.dtype == "bfloat16":
@@ -160,6 +165,9 @@ class TensorReader(Mapping[str, np.ndarray]):
         elif spec.dtype == "float16":
             flat = flat.astype(np.float32)
         return flat.reshape(spec.shape)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -288,11 +296,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Raises `UserError` where a folder of a run cannot be made."""
+    """Raises `UserError` where a folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --run-dir") from error
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
 
 
 @contextmanager
@@ -334,10 +342,9 @@ def unused_name(path: Path) -> Path:
 
 def size_in_words(size: int) -> str:
     """Bytes with three digits and a unit."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
-    return f"{size / 1e3:.3g} kB"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * factor or unit == "kB":  # less would be rounded to a thousand of the next smaller unit
+            return f"{size / factor:.3g} {unit}" if size < 999.5 * factor else f"{size / factor:,.0f} {unit}"
 
 
 def _errno(error: BaseException | None) -> int | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
-from torch_ref.spec.storage import user_path
+from torch_ref.spec.storage import user_path, write_errors
 from train.bench.cases import Case, to_json, with_fractions
 from train.shell import INTERRUPTED, shell
 
@@ -195,7 +195,10 @@ def machine() -> str:
 
 def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--only", help=f"Tasks, separated by commas, of {', '.join(TASKS)}; by default all.")
+    parser.add_argument(
+        "--only",
+        help=f"Tasks, separated by commas, of {', '.join(TASKS)}; by default all, but memory and sweep with --quick.",
+    )
     parser.add_argument("--systems", help=f"Systems, separated by commas, of {', '.join(SYSTEMS)}; by default all.")
     parser.add_argument(
         "--preset", choices=PRESETS, help="The model's preset; by default smol-774m, tiny with --quick."
@@ -206,10 +209,14 @@ def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="Precision to measure in; by default both, float32 with --quick."
     )
-    parser.add_argument("--seq-len", type=int, help="Tokens in a row; by default the model's context.")
+    parser.add_argument(
+        "--seq-len", type=int, help="Tokens in a row; by default the model's context, at most 256 with --quick."
+    )
     parser.add_argument("--experts", type=int, help="Number of routed experts; by default the model's.")
     parser.add_argument("--device", default="auto", help="Where to compute: auto, cpu or cuda.")
-    parser.add_argument("--repeats", type=int, help="Calls after the first, of which the median counts; by default 3.")
+    parser.add_argument(
+        "--repeats", type=int, help="Calls after the first, of which the median counts; by default 3, 2 with --quick."
+    )
     parser.add_argument(
         "--quick", action="store_true", help="Take the tiny model and few repeats: ends within two minutes."
     )
@@ -265,6 +272,10 @@ def main(argv: Sequence[str]) -> int:
     for path in filter(None, (args.json, args.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
+    if args.plot:
+        from train.plot import require_png
+
+        require_png("--plot", args.plot)
     print(f"{machine()}\n")
     rows: list[dict] = []
     interrupted = False
@@ -272,7 +283,8 @@ def main(argv: Sequence[str]) -> int:
         for case in plan.cases():
             rows += run_case(case)
             if args.json:  # after every process, so that a run that dies leaves what it had
-                args.json.write_text(json.dumps(with_fractions(map(dict, rows)), indent=1) + "\n")
+                with write_errors(args.json):
+                    args.json.write_text(json.dumps(with_fractions(map(dict, rows)), indent=1) + "\n")
     except KeyboardInterrupt:
         interrupted = True
     rows = with_fractions(rows)
@@ -280,7 +292,8 @@ def main(argv: Sequence[str]) -> int:
     if interrupted:
         return INTERRUPTED
     if args.plot:
-        draw(rows, args.plot)
+        with write_errors(args.plot):
+            draw(rows, args.plot)
     return 0 if any(row["system"] != "ceiling" for row in rows) else 1
 
 

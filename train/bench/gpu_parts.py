@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import first_line
+from torch_ref.spec.storage import first_line, from_bfloat16_bits, to_bfloat16_bits
 from train.bench.cases import Case
 from train.bench.systems import clocked
 from train.bench.worker import measure
@@ -228,10 +228,7 @@ def failure(error: Exception) -> dict:
 
 def as_rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     """float32 values that `dtype` holds."""
-    if dtype == "float32":
-        return x
-    bits = x.view(np.uint32)  # to bfloat16: round to nearest, ties to even
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    return x if dtype == "float32" else from_bfloat16_bits(to_bfloat16_bits(x))
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:

@@ -247,7 +247,7 @@ class JaxLimits:
 LIMITS = {"torch": TorchLimits, "jax": JaxLimits}
 
 
-def input_options(case: Case, folder: str) -> Any:
+def input_options(case: Case) -> Any:
     from train.data.options import DataOptions
 
     vocab = case.config.vocab_size
@@ -259,7 +259,7 @@ def input_rate(case: Case) -> float:
     from train.data.feed import open_data
 
     with tempfile.TemporaryDirectory() as folder:
-        batches = open_data(input_options(case, folder), Path(folder)).batches()
+        batches = open_data(input_options(case), Path(folder)).batches()
         next(batches)
         start, tokens = time.perf_counter(), 0
         for batch in batches:
@@ -278,7 +278,7 @@ def bare_tokenizer_rate(case: Case) -> float:
 
     texts = [text for _, text in python_documents()]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = open_data(input_options(case, folder), Path(folder)).tokenizer
+        tokenizer = open_data(input_options(case), Path(folder)).tokenizer
         tokenizer.encode_batch(texts[:8])
         start = time.perf_counter()
         tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))

@@ -15,7 +15,7 @@ from train.data.chat import PLAIN, TextRules, text_of
 from train.data.hub import open_hub
 from train.data.python_docs import PYTHON_DOCS, python_docs_source
 from train.data.records import Bad
-from train.data.sources import FORMER_DOCUMENT_BYTES, FileSource, Row, Source, Stream, first_line, looks_like_hub_name
+from train.data.sources import FORMER_DOCUMENT_BYTES, FileSource, Row, Source, Stream, in_one_line, looks_like_hub_name
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ class Reader:
                 self.close()
                 if attempt == self.retries:
                     tries = f"after {attempt + 1} attempts" if attempt else "(no retries)"
-                    raise DataError(f"--dataset: reading failed {tries}: {first_line(error)}") from error
+                    raise DataError(f"--dataset: reading failed {tries}: {in_one_line(error)}") from error
                 wait = min(self.wait * 2**attempt, LONGEST_WAIT)
                 log.warning(
                     "reading failed (%s); attempt %d of %d in %.3g s, from the same position",
-                    first_line(error),
+                    in_one_line(error),
                     attempt + 2,
                     self.retries + 1,
                     wait,

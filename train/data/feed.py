@@ -26,7 +26,7 @@ from train.data.options import DataOptions
 from train.data.packing import Rows, pack, require_fit, rows_of
 from train.data.prefetch import Prefetcher
 from train.data.python_docs import PYTHON_DOCS
-from train.data.sources import FileSource, Source, first_line, package_versions
+from train.data.sources import FileSource, Source, in_one_line, package_versions
 from train.data.tokenizer import CONFIG_FILE, TRAINED, TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,9 @@ class Data:
                     if kept["made_from"] == made_from:
                         return Validation(Rows(kept["inputs"], kept["targets"]), int(kept["size"]))
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{file}: damaged ({first_line(error)}); remove it: the rows are made again") from error
+                raise UserError(
+                    f"{file}: damaged ({in_one_line(error)}); remove it: the rows are made again"
+                ) from error
         readers = [self._reader(corpus, lambda document: document.digest < bound) for corpus in self.corpora]
         rows, size = self._rows(
             readers if bound else [], [dataset.weight for dataset in self.options.datasets()], set()

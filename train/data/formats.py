@@ -327,8 +327,8 @@ def column_values(column: Any, below: str, start: int) -> Iterator[Any]:
 
 
 def check_file(file: Path, text_field: str, option: str = "--dataset") -> None:
-    """Raises `UserError`, naming the cause, if a file of rows can't be read or has no text field. Text files are not
-    looked into: each is a row by itself, and a bad one is skipped as such."""
+    """Raises `UserError`, naming the cause, if a file can't be read, or is one of rows and has no text field. What a
+    text file holds is not looked at: each is a row by itself, and a bad one is skipped as such."""
     kind = kind_of(file)
     try:
         if kind == ".parquet":
@@ -338,7 +338,7 @@ def check_file(file: Path, text_field: str, option: str = "--dataset") -> None:
         elif kind in TABLES:
             with open(file, "rb") as stream:
                 text_column(open_arrow(stream).schema, text_field, file)
-        elif kind in LINES or file.suffix.lower() in COMPRESSIONS:
+        else:
             with open_bytes(file) as stream:
                 head = stream.read(_HEAD)
             if kind in LINES:

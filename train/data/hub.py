@@ -12,7 +12,7 @@ from typing import Any
 
 from torch_ref.spec.interface import UserError
 from train.data.records import Bad, pick, text_column
-from train.data.sources import Row, first_line, package_versions
+from train.data.sources import Row, in_one_line, package_versions
 
 HUB_TIMEOUT = 10.0
 """Seconds until the Hub counts as out of reach when a run starts."""
@@ -40,14 +40,14 @@ def open_hub(name: str, config: str | None, revision: str | None, text_field: st
         raise UserError(f"--dataset {name}: there is no such file or folder, and no such dataset on the Hub") from error
     except Exception as error:
         raise UserError(
-            f"--dataset {name}: the Hugging Face Hub can't be reached ({first_line(error)}); without a network give "
+            f"--dataset {name}: the Hugging Face Hub can't be reached ({in_one_line(error)}); without a network give "
             "local files, or train on the Python documentation with --preset tiny"
         ) from error
     config = config or DEFAULT_CONFIGS.get(name)
     try:
         dataset = datasets.load_dataset(name, config, split="train", streaming=True, revision=found)
     except Exception as error:  # no such config or no split `train`: the message says which there are
-        raise UserError(f"--dataset {name} --dataset-config {config}: {first_line(error)}") from error
+        raise UserError(f"--dataset {name} --dataset-config {config}: {in_one_line(error)}") from error
     return HubSource(dataset, name, config, found, text_field)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,41 @@ def read_questions(file: Path) -> Iterator[Question]:
 
     Raises `UserError` naming file and line of a record that is none of `LAYOUTS`, or has no answer among its choices.
     """
-    labels = _labels_beside(file)
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _question(f"{file}:{number}", line, labels[number - 1] if number <= len(labels) else None)
-    except OSError as error:
-        raise UserError(f"--benchmark {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--benchmark {file}: not UTF-8 text; it must be .jsonl, a question a line") from None
+    with _read_errors(file, "it must be .jsonl, a question a line"), open(file, encoding="utf-8") as lines:
+        labels = _labels_beside(file)
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _question(f"{file}:{number}", line, labels[number - 1] if number <= len(labels) else None)
 
 
 def _labels_beside(file: Path) -> list[str]:
     beside = file.with_name(f"{file.stem}-labels.lst")
-    return beside.read_text(encoding="utf-8").split() if beside.is_file() else []
+    with _read_errors(beside, "it must be a label a line"):
+        return beside.read_text(encoding="utf-8").split() if beside.is_file() else []
+
+
+@contextmanager
+def _read_errors(file: Path, rule: str) -> Iterator[None]:
+    """Turns what opening and decoding a file raise into a `UserError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--benchmark {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--benchmark {file}: not UTF-8 text; {rule}") from None
 
 
 def _question(place: str, line: str, label: str | None) -> Question:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--benchmark {place}: not JSON ({error})") from None
     reader = next((reader for key, reader in _READERS.items() if isinstance(record, dict) and key in record), None)
     if reader is None:
         raise UserError(f"--benchmark {place}: not a question in the layout of HellaSwag, ARC or PIQA")
     try:
         question = reader({"label": label, **record})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"--benchmark {place}: incomplete ({missing})") from None
     if not all(isinstance(choice, str) and choice for choice in question.choices):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -19,8 +18,6 @@ class Prefetcher:
     the items before it. `close`, the end of the program, or losing the last reference ends the thread."""
 
     def __init__(self, batches: Iterator[Batch], depth: int, stop: threading.Event):
-        self.wait_seconds = 0.0
-        """Time spent waiting for an item."""
         self._end: BaseException | None = None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(depth, 1))
         thread = threading.Thread(target=_fill, args=(batches, self._queue, stop), name="data", daemon=True)
@@ -34,9 +31,7 @@ class Prefetcher:
 
     def __next__(self) -> Batch:
         if self._end is None and self._finalizer.alive:
-            start = time.perf_counter()
             item = self._queue.get()
-            self.wait_seconds += time.perf_counter() - start
             if isinstance(item, Batch):
                 return item
             self._end = item

@@ -163,7 +163,7 @@ def _naming(label: str, rows: FileRows) -> FileRows:
     try:
         yield from rows
     except Exception as error:
-        raise OSError(f"{label}: {first_line(error)}") from error
+        raise OSError(f"{label}: {in_one_line(error)}") from error
 
 
 def fingerprint(file: Path) -> str:
@@ -191,7 +191,7 @@ def package_versions(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def first_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An error in one line: its kind and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

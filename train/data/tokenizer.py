@@ -21,7 +21,7 @@ from torch_ref.spec.storage import read_json, user_path, write_whole
 from train.data.chat import ChatFormat
 from train.data.corpus import Document
 from train.data.hub import HUB_TIMEOUT
-from train.data.sources import first_line, looks_like_hub_name
+from train.data.sources import in_one_line, looks_like_hub_name
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -98,7 +98,7 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(self.definition)
         except Exception as error:
-            raise UserError(f"--tokenizer {self.name}: not a tokenizer.json: {first_line(error)}") from error
+            raise UserError(f"--tokenizer {self.name}: not a tokenizer.json: {in_one_line(error)}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -238,7 +238,7 @@ def _fetch(name: str) -> Path:
         raise UserError(f"--tokenizer {name}: it has no tokenizer.json") from error
     except Exception as error:
         raise UserError(
-            f"--tokenizer {name}: the Hugging Face Hub can't be reached ({first_line(error)}); without a network give "
+            f"--tokenizer {name}: the Hugging Face Hub can't be reached ({in_one_line(error)}); without a network give "
             f"a folder with a tokenizer.json, or {TRAINED}, or train with --preset tiny"
         ) from error
 

@@ -5,9 +5,9 @@
     python -m train.plan --preset small --device cpu --framework torch
 
 Takes every setting of training (`python -m train.flax_main --help`), of which batch, lengths, precision, mesh and steps
-count, and `--config FILE` too. Prints parameters, arithmetic, memory of a device by part, speed and time at a share of
-the card's peak, cost, disk space, and for several devices what they say to each other. Needs neither JAX nor torch.
-How near the estimates come is in docs/plan.md.
+count, and `--config FILE` too; but `--device` and `--compile` mean other things here. Prints parameters, arithmetic,
+memory of a device by part, speed and time at a share of the card's peak, cost, disk space, and for several devices what
+they say to each other. Needs neither JAX nor torch. How near the estimates come is in docs/plan.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from train.shell import COMPLETE, parse_flags, shell
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a run will take, before anything is allocated. Every setting of training can be given besides: python -m
-    train.flax_main --help."""
+    """What a run will take, before anything is allocated. Every other setting of training can be given besides: python
+    -m train.flax_main --help."""
 
     gpus: str = "1x1x1"
     """Devices as SLICESxHOSTSxGPUS: 1x1x8 is one host with eight, 1x4x8 four of them."""
@@ -52,7 +52,7 @@ class PlanOptions:
 
 @shell
 def main(argv: Sequence[str]) -> int:
-    flags = [word.replace("_", "-") if word.startswith("--") else word for word in argv]
+    flags = [command_line.hyphenated(word) for word in argv]
     asked, of_training = parse_flags(
         PlanOptions, "python -m train.plan", flags, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
     )

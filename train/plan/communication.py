@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch_ref.spec.config import MESH_AXES
 from torch_ref.spec.parameters import parameter_table
 from train.plan.cards import Card
-from train.run.options import MESH_AXES, Options
+from train.run.options import Options
 
 
 class Collective(NamedTuple):

@@ -13,9 +13,10 @@ LENGTH = ("steps", "decay_steps")
 
 
 def former(stored: dict[str, Any], options: Options) -> Options:
-    """The options with the length that a checkpoint's `Options.to_dict()` has."""
-    steps, decay = stored["steps"], stored.get("decay_steps", "auto")
-    return dataclasses.replace(options, steps=steps, decay_steps=decay if options.lr_schedule == "wsd" else "auto")
+    """The options with the length that a checkpoint's `Options.to_dict()` has; without steps to trace, which may lie
+    beyond it."""
+    steps, decay = stored["steps"], stored.get("decay_steps", "auto") if options.lr_schedule == "wsd" else "auto"
+    return dataclasses.replace(options, steps=steps, decay_steps=decay, profile_steps="")
 
 
 def extends(stored: dict[str, Any], options: Options, step: int) -> bool:

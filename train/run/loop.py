@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend, StepResult, UserError
-from torch_ref.spec.storage import first_line, write_errors, write_whole
+from torch_ref.spec.storage import first_line, write_whole
 from train.data.corpus import DataError
 from train.data.feed import HELD_OUT, Data
 from train.data.packing import Batch
@@ -117,11 +117,9 @@ class Run:
             for message in before_the_log:
                 self.log.warn(message)
             self.introduce(origin)
-            if self.options.find_lr and self.step == 0:
-                self.adopt_learning_rate()
-                if self.together.stop_number:
-                    return 128 + self.together.stop_number
             try:
+                if self.options.find_lr and self.step == 0:
+                    self.adopt_learning_rate()
                 traced = self.options.profiled() if self.writes else range(0)
                 tracing = Tracing(self.backend, self.run_dir / "profile", traced, self.log.say)
                 with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
@@ -184,8 +182,10 @@ class Run:
 
     @property
     def save_due(self) -> bool:
+        asked_for = self.due(self.options.checkpoint_interval) or self.together.wishes.save
         ends_a_phase = self.step in (self.options.steps, self.options.stable_steps)
-        return self.due(self.options.checkpoint_interval) or self.together.wishes.save or ends_a_phase or self.finished
+        rolled_back = self.step == self.progress.rolled_back_at
+        return asked_for or ends_a_phase or rolled_back or self.finished
 
     def due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -253,13 +253,15 @@ class Run:
             self.log.say(phase_line(self.options, self.step))
 
     def adopt_learning_rate(self) -> None:
-        """Sweep the learning rate from where the run stands, and use the rate that is suggested."""
+        """Sweep the learning rate from where the run stands, and use the rate that is suggested. Raises `Stop` on a
+        signal."""
         picture = self.run_dir / "lr_finder.png" if self.writes else None
         rate = find_learning_rate(self.backend, self.data, picture, self.log.say, self.together.interrupted)
-        if rate is not None:
-            self._use_learning_rate(rate)
-            if self.writes:
-                self._write_settings()
+        if rate is None:
+            raise Stop
+        self._use_learning_rate(rate)
+        if self.writes:
+            self._write_settings()
 
     def _use_learning_rate(self, rate: float) -> None:
         self.options = dataclasses.replace(self.options, learning_rate=rate)
@@ -329,7 +331,7 @@ class Run:
         return good_step(self.progress, self.step, self.options.checkpoint_interval)
 
     def heed_spike(self, loss: float) -> None:
-        """Warn of a run that diverges, and roll it back if that was asked for."""
+        """Warn of a run that diverges, and roll it back if that was asked for; the step then ends with a checkpoint."""
         median = diverged(self.progress, loss, self.options)
         if median is None:
             return
@@ -341,8 +343,6 @@ class Run:
         values = {"step": self.step, "loss": loss, "median": median, "begun": begun}
         self.log.spike(values | {"rolled_back_to": good if rolled_back else None})
         self.log.warn(in_words(values, self.options, good if rolled_back else None))
-        if rolled_back:
-            self.save()
 
     # --------------------------------------------------------------------------- validation, checkpoints, samples
 
@@ -461,6 +461,7 @@ class Run:
         """The weights are still those of the last good step."""
         skipped = self.progress.skipped_in_a_row
         self.progress.skipped_in_a_row = 0  # a resumed run may try as many again
+        self.saved_step = None  # the checkpoint of this step has another count
         self.save()
         return self._end(endings.not_finite(self.step, skipped))
 
@@ -480,7 +481,6 @@ class Run:
         self.log.end(self.step, ending.state)
         self.log.say(ending.message)
         if self.step and self.writes:
-            with write_errors(picture := self.run_dir / "plot.png"):
-                plot_runs([self.run_dir], picture)
+            picture = plot_runs([self.run_dir], self.run_dir / "plot.png")
             self.log.say(f"Curves drawn to: {picture}")
         return ending.code

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from torch_ref.spec.interface import Backend, UserError
+from torch_ref.spec.storage import write_errors
 from train.data.feed import Data
 
 LOWEST, HIGHEST = 1e-6, 1.0
@@ -42,7 +43,8 @@ def find_learning_rate(
     the suggested rate; None if `interrupted`.
 
     The backend's whole state is afterwards what it was; its schedule is not, the caller sets it. The batches are
-    read by an iterator of their own, so no position moves. Raises `UserError` if the loss never falls.
+    read by an iterator of their own, so no position moves. Raises `UserError` if the loss never falls, or if
+    the picture cannot be written.
     """
     say(f"Learning-rate finder: up to {SWEEP_STEPS} steps from {LOWEST:g} to {HIGHEST:g}, then back to the start")
     before = backend.snapshot()
@@ -54,7 +56,8 @@ def find_learning_rate(
         return None
     rate = suggestion(rates, losses)
     if picture:
-        draw(rates, losses, rate, picture)
+        with write_errors(picture):
+            draw(rates, losses, rate, picture)
     say(f"Learning-rate finder: suggests --learning-rate {rate:g}, used from here on; the sweep is drawn in {picture}")
     return rate
 

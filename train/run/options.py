@@ -19,7 +19,7 @@ from typing import Any, Literal, get_type_hints
 
 import tomli_w
 
-from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
+from torch_ref.spec.config import MESH_AXES, PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
 from torch_ref.spec.storage import user_path
 from train.data.options import CorpusOptions, DataOptions
@@ -68,7 +68,7 @@ class DeviceOptions:
     attention: str = "auto"
     """Attention path: auto, plain, or flax: blocked, cudnn; torch: sdpa, masked."""
     moe: str = "auto"
-    """Expert path: auto, grouped, blocks, or dense (all experts on all tokens)."""
+    """Expert path: auto, grouped, blocks, dense (all experts on all tokens), or flax: pallas (NVIDIA GPUs)."""
     remat: Literal["auto", "off", "experts", "layers"] = "auto"
     """What the backward pass computes again to save memory. auto: nothing if it all fits, else what is needed."""
     scan_layers: bool = True
@@ -270,9 +270,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     def _token_count(self) -> int:
         number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", str(self.tokens).replace("_", ""), re.IGNORECASE)
         self._require(number is not None, "tokens", "must be a number such as 200M, 1.5B or 50000000")
-        count = round(float(number[1]) * 1000 ** " KMBT".index(number[2].upper() or " "))
-        self._require(count >= 1, "tokens", "must be at least 1")
-        return count
+        count = float(number[1]) * 1000 ** " KMBT".index(number[2].upper() or " ")
+        self._require(count < math.inf, "tokens", "must be below 1e308")
+        self._require(round(count) >= 1, "tokens", "must be at least 1")
+        return round(count)
 
     def profiled(self) -> range:
         """Numbers (from 1) of the steps to trace; empty if none are."""
@@ -385,7 +386,6 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 
 SETTING = {"rows_per_pass": "micro_batch_size", "tokens_per_chunk": "loss_chunk"}
 """The settings behind what is checked."""
-MESH_AXES = ("data", "fsdp", "expert")
 PROCESS = ("processes", "process_id", "coordinator")
 """Settings by which several processes find each other."""
 

@@ -29,7 +29,8 @@ class Progress:
     rollbacks: int = 0
     """How often in a row it was, to the same weights."""
     best_loss: float | None = None
-    """Lowest validation loss, nats per token."""
+    """Validation loss of the best state, nats per token; a later one is better if it is lower by more than
+    `--min-delta`."""
     best_step: int = 0
     stale_validations: int = 0
     """Validations since the best one."""

@@ -290,11 +290,14 @@ def _write(file: TextIO, line: str) -> None:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first. Lines that cannot be read are left out; of the last one, which a crash may
-    have cut short, nothing is said. Raises `UserError` if there are none."""
+    have cut short, nothing is said. Raises `UserError` if there are none, or the file cannot be read."""
     path = Path(run_dir) / METRICS
-    if not path.is_file():
-        raise UserError(f"{run_dir}: not a run folder, it has no {METRICS}")
-    lines = path.read_bytes().split(b"\n")
+    try:
+        if not path.is_file():
+            raise UserError(f"{run_dir}: not a run folder, it has no {METRICS}")
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
     records = [(number, _record_of(line)) for number, line in enumerate(lines, 1) if line]
     for number, record in records[:-1]:
         if record is None:

@@ -62,7 +62,7 @@ class StopSignals:
         try:
             # Not print: the signal may have come in the middle of one.
             if self._says_so:
-                os.write(2, b"\nStopping after this step, with a checkpoint; once more to stop at once.\n")
+                os.write(2, b"\nStopping after this step, and saving what is trained; once more to stop at once.\n")
         except OSError:
             pass  # the terminal is gone
         if self._interruptible:

@@ -101,7 +101,9 @@ def _training(state: TrainingState) -> str:
         facts.append(f"loss of the last step: {_loss(progress['loss'])}")
     if progress.get("best_loss") is not None:
         at = f", at step {progress['best_step']:,}" if "best_step" in progress else ""
-        facts.append(f"lowest loss on held-out text: {_loss(progress['best_loss'])}{at}")
+        # The run took no note of one that was lower by less.
+        within = f", to within {options['min_delta']:g}" if options.get("min_delta") else ""
+        facts.append(f"lowest loss on held-out text{within}: {_loss(progress['best_loss'])}{at}")
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts) if facts else ""
 
 

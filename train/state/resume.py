@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from torch_ref.spec.checkpoint import NAMES, DamagedCheckpoint, checkpoint_framework, checkpoint_step
+from torch_ref.spec.checkpoint import NAMES, DamagedCheckpoint, checkpoint_framework, checkpoint_name, checkpoint_step
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.storage import unused_name
 from train.state.source import load_checkpoint
@@ -31,7 +31,8 @@ def own_checkpoints(backend: Backend, run_dir: Path, other: Path | None) -> list
     if own or not folder.is_dir():
         return own
     entries = sorted(folder.iterdir())
-    kinds = {checkpoint_framework(path) for path in entries if checkpoint_step(path.stem) is not None} - {None}
+    checkpoints = [path for path in entries if checkpoint_step(checkpoint_name(path)) is not None]
+    kinds = {checkpoint_framework(path) for path in checkpoints} - {None}
     if kinds:
         other, here = NAMES[kinds.pop()], backend.framework
         raise UserError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_ref.spec.checkpoint import checkpoint_framework, in_step_order, leaf_at, require_contents
+from torch_ref.spec.checkpoint import checkpoint_framework, checkpoint_name, in_step_order, leaf_at, require_contents
 from torch_ref.spec.config import ModelConfig, SpecificationError
 from torch_ref.spec.huggingface import SIDECAR, import_folder
 from torch_ref.spec.interface import Backend, TrainingState, UserError
@@ -53,7 +53,7 @@ def locate(path: Path, step: int | None = None) -> Source:
             raise UserError(f"--step {step}: {path} is not a run folder with several checkpoints")
         return source
     for folder in (path / "checkpoints", path):
-        found = in_step_order((item.stem, item) for item in folder.glob("*") if checkpoint_framework(item))
+        found = in_step_order((checkpoint_name(item), item) for item in folder.glob("*") if checkpoint_framework(item))
         if step is not None and found:
             found = [(number, item) for number, item in found if number == step]
             if not found:
@@ -116,7 +116,9 @@ def _read_torch(path: Path) -> TrainingState:
 
     stored = load(path)
     if isinstance(stored, dict) and all(isinstance(value, torch.Tensor) for value in stored.values()):
-        return TrainingState(_config_beside(path), _torch_arrays(stored))
+        config = _config_beside(path)
+        _require_rows(config, {name: tuple(tensor.shape) for name, tensor in stored.items()}, path)
+        return TrainingState(config, _torch_arrays(stored))
     require_contents(stored, "torch", path)
     return TrainingState(
         _config_of_dict(path, stored["model_config"]),
@@ -176,13 +178,24 @@ def _read_transformers(path: Path) -> TrainingState:
 
 
 def _read_weights(path: Path) -> TrainingState:
-    return TrainingState(_config_beside(path), TensorReader(path))
+    config, reader = _config_beside(path), TensorReader(path)
+    _require_rows(config, {name: spec.shape for name, spec in reader.specs.items()}, path)
+    return TrainingState(config, reader)
+
+
+def _require_rows(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raises `UserError` naming the first tensor of a weights file that the model's table has not, or otherwise."""
+    expected = {row.name: row.shape for row in parameter_table(config)}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            found, asked = shapes.get(name, "missing"), expected.get(name, "no such tensor")
+            raise UserError(f"{path}: {name} is {found}, the sizes beside it ask for {asked}")
 
 
 def _config_of_dict(path: Path, values: dict) -> ModelConfig:
     try:
         return ModelConfig.from_dict(values)
-    except SpecificationError as error:
+    except (SpecificationError, TypeError) as error:
         raise UserError(f"{path}: made by another version: {error}") from error
 
 

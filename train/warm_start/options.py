@@ -74,6 +74,11 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
     for name in ("fit_steps", "distill_steps", "distill_mlp_learning_rate"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
+    if options.distill_steps and not options.distill_learning_rate and not options.distill_mlp_learning_rate:
+        raise UserError(
+            "--distill-learning-rate 0: with --distill-mlp-learning-rate 0 the distillation trains nothing; "
+            "--distill-steps 0 leaves it out"
+        )
     for name in ("diversity", "distill_text_weight"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: is a share, from 0 to 1")

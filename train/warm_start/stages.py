@@ -168,6 +168,8 @@ class Stages:
             tokens += [*self.tokenizer.encode(document.text), self.tokenizer.eot_id]
             if len(tokens) > self.options.measure_tokens:
                 break
+        if len(tokens) == 1:
+            raise UserError(f"--also-measure {dataset}: no text in there")
         return tokens[: self.options.measure_tokens + 1]
 
     def training_rows(self) -> Rows:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import UserError
-from train.data.sources import first_line
+from train.data.sources import in_one_line
 from train.data.tokenizer import TextTokenizer, load_tokenizer
 from train.warm_start.attention import LlamaAttention, kept_theta
 
@@ -153,8 +153,10 @@ def _rotated(x: Float[Tensor, "batch heads seq head_dim"], rotation: Rotation) -
     return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).to(x.dtype)
 
 
-def head_dim_of(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def head_dim_of(config: Any) -> int | None:
+    """None where a config, which is then no Llama's, has no heads."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
 def rope_theta_of(config: Any) -> float:
@@ -187,9 +189,9 @@ def read_teacher(source: str) -> tuple[Any, dict[str, Tensor], TextTokenizer]:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
     except ImportError as error:
-        raise UserError(f"--from {source}: {first_line(error)}; a GGUF file needs gguf and accelerate") from None
+        raise UserError(f"--from {source}: {in_one_line(error)}; a GGUF file needs gguf and accelerate") from None
     except Exception as error:
-        raise UserError(f"--from {source}: cannot be read: {first_line(error)}") from error
+        raise UserError(f"--from {source}: cannot be read: {in_one_line(error)}") from error
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     return model.config, weights, _gguf_tokenizer(path) if path.suffix == ".gguf" else load_tokenizer(source)
 
@@ -257,9 +259,7 @@ def entries(tokenizer: TextTokenizer) -> dict[int, str]:
 
 def check_shape(source: str, old: Any, new: ModelConfig) -> None:
     """Raises `UserError` naming the first field of a teacher's config that rules it out for `new`."""
-    head_dim = getattr(old, "head_dim", None)
-    if head_dim is None and getattr(old, "num_attention_heads", 0):
-        head_dim = old.hidden_size // old.num_attention_heads
+    head_dim = head_dim_of(old)
     rope_type = (getattr(old, "rope_parameters", None) or getattr(old, "rope_scaling", None) or {}).get("rope_type")
     wanted = {
         "model_type": (old.model_type, "llama"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, read_json, write_json
+from torch_ref.spec.storage import TensorReader, TensorSpec, TensorWriter, make_folder, read_json, write_json
 
 
 class Work:
@@ -16,7 +16,7 @@ class Work:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "layers").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "layers")
 
     @property
     def begun(self) -> bool:
