@@ -287,6 +287,7 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--diversity", "1.5"], "--diversity 1.5"),
         (["--seq-len", "4096"], "--seq-len 4096: must be from 2 to"),
         (["--fit-rows", "many"], "fit-rows"),
+        (["--fit-learning-rate", "-1"], "--fit-learning-rate -1.0: must be at least 0"),
         (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
 )

@@ -197,6 +197,17 @@ def test_a_file_that_may_not_be_read_is_refused(name, tmp_path, monkeypatch):
         FileSource(str(tmp_path / name), option="--data")
 
 
+def test_nor_by_a_run_that_goes_on_by_former_rules(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"text")
+
+    def refuse(file, *arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a.txt: Permission denied"):
+        patch.setattr("builtins.open", refuse)
+        FileSource(str(tmp_path / "a.txt"), former=True)
+
+
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])
 def test_a_compressed_file_that_ends_early_is_an_error_that_names_it(compress, tmp_path):
     noise = json_lines([str(random.Random(number).random()) * 20 for number in range(5000)])

@@ -218,6 +218,8 @@ def test_metrics_that_cannot_be_read_are_one_line(
     monkeypatch.setattr(Path, "read_bytes", refused)
     assert main([str(shelf)]) == 2
     assert capsys.readouterr().err == f"error: {shelf / 'a-torch' / 'metrics.jsonl'}: Permission denied\n"
+    with pytest.raises(UserError, match="training.logs: Permission denied"):
+        cut_logs(shelf / "a-torch", step=1)
 
 
 def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

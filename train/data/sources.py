@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from torch_ref.spec.interface import UserError
 from train.data.files import LINES, TABLES, TEXTS, find_files, in_words, kind_of, kinds_in_words
 from train.data.formats import (
     FileRows,
@@ -167,12 +168,17 @@ def _naming(label: str, rows: FileRows) -> FileRows:
 
 
 def fingerprint(file: Path) -> str:
-    """Size and a hash of the first and last 64 KiB: enough to notice another file, cheap for hundreds of gigabytes."""
-    size, span = file.stat().st_size, 1 << 16
-    with open(file, "rb") as content:
-        start = content.read(span)
-        content.seek(max(size - span, 0))
-        return f"{size} bytes, {hashlib.blake2b(start + content.read(), digest_size=8).hexdigest()}"
+    """Size and a hash of the first and last 64 KiB: enough to notice another file, cheap for hundreds of gigabytes.
+    Raises `UserError` naming a file that cannot be read."""
+    span = 1 << 16
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            start = content.read(span)
+            content.seek(max(size - span, 0))
+            return f"{size} bytes, {hashlib.blake2b(start + content.read(), digest_size=8).hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
 
 
 def looks_like_hub_name(name: str) -> bool:

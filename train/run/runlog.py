@@ -292,12 +292,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first. Lines that cannot be read are left out; of the last one, which a crash may
     have cut short, nothing is said. Raises `UserError` if there are none, or the file cannot be read."""
     path = Path(run_dir) / METRICS
-    try:
-        if not path.is_file():
-            raise UserError(f"{run_dir}: not a run folder, it has no {METRICS}")
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+    if (content := _content(path)) is None:
+        raise UserError(f"{run_dir}: not a run folder, it has no {METRICS}")
+    lines = content.split(b"\n")
     records = [(number, _record_of(line)) for number, line in enumerate(lines, 1) if line]
     for number, record in records[:-1]:
         if record is None:
@@ -338,14 +335,13 @@ def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
     own; with step 0, everything. Returns how many lines of the metrics could not be read."""
     text, metrics, board = run_dir / TEXT_LOG, run_dir / METRICS, run_dir / BOARD
     unreadable = 0
-    if text.exists():
-        content = text.read_bytes()
+    if (content := _content(text)) is not None:
         later = (m.start() for m in STEP_LINE.finditer(content) if int(m[1]) > step)
         end = next(later, content.rfind(b"\n") + 1) if step else 0
         _split(text, content[:end], content[end:])
-    if metrics.exists():
+    if (content := _content(metrics)) is not None:
         kept, cut = [], []
-        lines = re.findall(rb"[^\n]*\n|[^\n]+", metrics.read_bytes())
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", content)
         for line in lines:
             record = _record_of(line)
             unreadable += record is None and line is not lines[-1]
@@ -356,6 +352,16 @@ def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
     if step == 0 and board.exists():
         board.rename(unused_name(board.with_name(f"{BOARD}.cut")))
     return unreadable
+
+
+def _content(path: Path) -> bytes | None:
+    """All of a log; None if there is none. Raises `UserError` naming one that cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def _split(path: Path, kept: bytes, cut: bytes) -> None:

@@ -71,7 +71,8 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
     for name in ("fit_rows", "fit_batch", "distill_batch", "measure_tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    for name in ("fit_steps", "distill_steps", "distill_mlp_learning_rate"):
+    rates = "fit_learning_rate", "distill_learning_rate", "distill_mlp_learning_rate"
+    for name in ("fit_steps", "distill_steps", *rates):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
     if options.distill_steps and not options.distill_learning_rate and not options.distill_mlp_learning_rate:
