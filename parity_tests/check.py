@@ -275,8 +275,9 @@ def _decoding(checked: Checked, case, torch_device: str, jax_platform: str, judg
         before = logits[len(prompt) - 1 : -1]
         chosen = np.take_along_axis(before, row[len(prompt) :, None], 1)[:, 0]
         wrong = before.max(-1) - chosen > 2 * bound * np.abs(logits).max()
-        wrong &= known[len(prompt) - 1 : -1]
-        where = f"{framework}, of {len(wrong)}"
+        judged = known[len(prompt) - 1 : -1]
+        wrong &= judged
+        where = f"{framework}, of {judged.sum()} judged of {len(wrong)}"
         measurements.append(Measurement("decode", checked.name, "float32", where, float(wrong.sum()), 0.0))
     return measurements
 

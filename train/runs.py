@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.guard import is_held
 from train.run.overview import size_in_words
-from train.run.runlog import METRICS, read_metrics, validation_curves
+from train.run.runlog import METRICS, PatientConsole, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 
@@ -128,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     runs = [summarize(run) for run in find_runs(folder)]
     if not runs:
         raise UserError(f"{folder}: no run in it or below it")
-    console = Console()
+    console = PatientConsole()
     # Piped into a file or another program, lines must not be folded to a terminal's width.
     console.print(table_of(runs, folder), width=None if console.is_terminal else 160)
     return COMPLETE

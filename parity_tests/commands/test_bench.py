@@ -223,6 +223,8 @@ def test_plot(tmp_path):
         ("--plot", "sweep.foo", "--plot {}: must end in .png"),
         ("--plot", "a folder.png", "{}: could not be written: Is a directory"),
         ("--json", "a folder.png", "{}: could not be written: Is a directory"),
+        ("--plot", "absent/sweep.png", "{0}: there is no folder {0.parent}"),
+        ("--json", "absent/rows.json", "{0}: there is no folder {0.parent}"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, option, name, said):

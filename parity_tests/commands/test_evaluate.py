@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from parity_tests.support.trained import DOCUMENTS, MODEL, trained_folder
-from torch_ref.spec.interface import IGNORE, UserError
+from torch_ref.spec.interface import IGNORE, Sampling, UserError
 from train import evaluate as evaluation
 from train import generate as generation
 from train.data.packing import document_rows
@@ -97,6 +97,19 @@ def test_evaluate_command(framework, folder, tmp_path, capsys):
     assert out.startswith("Loss: ") and "3 documents" in out and f"{score.bytes} bytes" in out
 
 
+def test_rows_and_documents_are_as_long_as_asked(folder, tmp_path, capsys):
+    pytest.importorskip("torch")
+    text = "".join(f"line {number} says this\n" for number in range(20))
+    (tmp_path / "a.txt").write_text(text)
+    arguments = [str(folder), "--framework", "torch", "--device", "cpu", "--data", str(tmp_path / "a.txt")]
+    model = open_trained(folder, "torch", device="cpu")
+    assert evaluation.main([*arguments, "--seq-len", "32"]) == 0
+    score = evaluate(model, [text], 32)
+    assert capsys.readouterr().out == f"{score}\n" and str(score) != str(evaluate(model, [text], 128))
+    assert evaluation.main([*arguments, "--document-bytes", "256"]) == 0
+    assert f"(2 documents, {score.tokens + 1} tokens, {len(text)} bytes)" in capsys.readouterr().out
+
+
 def test_validation_datasets_are_scored_apart(folder, tmp_path, capsys):
     """Named ones, or else those of the run; each whole."""
     pytest.importorskip("torch")
@@ -173,6 +186,22 @@ def test_generate_command_prints_the_text_alone(framework, folder, capsys, monke
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert generation.main([*arguments, "--prompt", "The cache"]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_every_flag_of_generate_reaches_the_sampling(folder):
+    options = generation.GenerateOptions(
+        folder, max_new_tokens=3, greedy=True, temperature=0.5, top_k=6, top_p=0.7, min_p=0.1, repetition_penalty=1.2
+    )
+    assert options.sampling(9) == Sampling(
+        max_new_tokens=3,
+        greedy=True,
+        repetition_penalty=1.2,
+        temperature=0.5,
+        top_k=6,
+        top_p=0.7,
+        min_p=0.1,
+        stop_token=9,
+    )
 
 
 def test_generate_refuses_in_one_line(folder, capsys):

@@ -51,7 +51,9 @@ def test_every_part_is_planned():
     assert [part.name for part in chosen] == ["step flax moe auto", "decode flax"]
 
 
-@pytest.mark.parametrize("wrong", [["--only", "all"], ["--systems", "jax"], ["--seq-len", "5000"]])
+@pytest.mark.parametrize(
+    "wrong", [["--only", "all"], ["--systems", "jax"], ["--seq-len", "5000"], ["--json", "absent/rows.json"]]
+)
 def test_a_mistake_is_named(wrong, capsys):
     assert gpu_check.main(wrong) == 2
     assert capsys.readouterr().err.startswith(f"error: {wrong[0]} {wrong[1]}: ")

@@ -114,6 +114,13 @@ def test_a_picture_that_cannot_be_written_is_one_line(
     assert error.startswith("error: " + said.format(tmp_path / output)) and error.count("\n") == 1
 
 
+def test_the_picture_is_written_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, output = write_run(tmp_path / "run", steps=1), tmp_path / "a folder" / "curves.png"
+    assert main([str(run), "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n" and inked(output) > 0.02
+    assert not (run / "plot.png").exists()
+
+
 def test_running_mean() -> None:
     values = np.arange(300.0)
     assert np.allclose(running_mean(values), values)  # centred, also at both ends

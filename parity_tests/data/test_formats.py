@@ -120,6 +120,28 @@ def test_text_files_whole_and_cut_from_every_position(name, size, tmp_path):
         assert list(source.rows(state)) == rows[count:]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_too_long_is_a_bad_row_from_every_position(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("train.data.formats.LONGEST_LINE", 20)
+    content = json_lines(["one", "x" * 100, "three"])
+    source = source_of(tmp_path, name, gzip.compress(content) if name.endswith(".gz") else content)
+    assert texts_of(source) == ["one", "three"]
+    assert caplog.messages == [f"skipped {name}:2: a line of 113 bytes, more than 0 MiB"]
+    stream, states = source.rows(None), []
+    rows = [row for row in stream if states.append(stream.state()) is None]
+    for count, state in enumerate(states, 1):
+        assert list(source.rows(state)) == rows[count:]
+
+
+def test_a_text_that_unpacks_to_too_much_is_a_bad_row(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("train.data.formats.LONGEST_TEXT", 20)
+    for name, text in (("a.txt.gz", "x" * 21), ("b.txt.gz", "y" * 20)):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert texts_of(FileSource(str(tmp_path))) == ["y" * 20]
+    (message,) = caplog.messages
+    assert message.startswith("skipped a.txt.gz:1: unpacks to more than 0 MiB, too long for one document")
+
+
 def test_going_on_late_in_a_large_compressed_file(tmp_path):
     texts = [str(number) * 700_000 for number in range(5)]
     source = source_of(tmp_path, "a.jsonl.gz", gzip.compress(json_lines(texts), 1))
@@ -299,9 +321,13 @@ def test_rows_of_a_former_run_stay_what_they_were(tmp_path):
     assert texts_of(FileSource(str(tmp_path))) == ["x", "y", "text", "x"]
 
 
-def test_stopping_in_the_middle_of_a_file_leaves_it_closed(tmp_path, recwarn):
-    for name in ("a.jsonl.zst", "a.arrow", "a.csv", "a.json"):
-        stream = source_of(tmp_path, name, KINDS.get(name, KINDS["a.jsonl.zst"])(TEXTS)).rows(None)
-        list(itertools.islice(stream, 3))
-        stream.close()
-    assert not [warning for warning in recwarn if issubclass(warning.category, ResourceWarning)]
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.arrow", "a.csv", "a.json"])
+def test_stopping_in_the_middle_of_a_file_leaves_it_closed(name, tmp_path):
+    source = source_of(tmp_path, name, KINDS[name](TEXTS))
+    before = len(os.listdir("/proc/self/fd"))
+    stream = source.rows(None)
+    rows = list(itertools.islice(stream, 3))
+    assert len(rows) == 3 and len(os.listdir("/proc/self/fd")) > before
+    stream.close()
+    assert len(os.listdir("/proc/self/fd")) == before

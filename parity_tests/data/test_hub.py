@@ -1,6 +1,7 @@
 """Text that no file of the user holds: the documentation of the Python at hand, and datasets streamed from the Hub."""
 
 import ast
+import json
 import logging
 import os
 import subprocess
@@ -19,9 +20,12 @@ from parity_tests.support.data import (
 )
 from torch_ref.spec.interface import UserError
 from train.data.corpus import Reader
+from train.data.feed import open_data
 from train.data.hub import HubSource
+from train.data.options import DataOptions
 from train.data.python_docs import python_docs_source
 from train.data.records import Bad
+from train.data.sources import FileSource
 
 # ----------------------------------------------------------------------------------------------------- python-docs
 
@@ -182,6 +186,23 @@ def test_a_dataset_that_changes_meanwhile_is_read_at_its_revision(hub, tmp_path)
         run_with_hub(hub.endpoint, tmp_path / "home", code.format(state=state, count=99))[0]
     )
     assert first + rest == TEXTS and revision == LocalHub.REVISION
+
+
+def test_a_run_goes_on_at_the_revision_that_it_began_with(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    asked = []
+
+    def open_hub(name, config, revision, text_field):
+        asked.append(revision)
+        source = FileSource(str(tmp_path / "a.jsonl"), text_field)
+        source.identity |= {"dataset": name, "revision": revision or LocalHub.REVISION}
+        return source
+
+    monkeypatch.setattr("train.data.corpus.open_hub", open_hub)
+    options = DataOptions(dataset="owner/data", tokenizer="bpe", vocab_size=300, seq_len=32, batch_size=2)
+    for resume in (False, True):
+        open_data(options, tmp_path / "run", resume)
+    assert asked == [None, LocalHub.REVISION]
 
 
 def test_a_hub_column_that_is_not_text(tmp_path):

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,7 @@ def test_self_check_passes_what_is_right(self_check, recwarn, dtype):
     cpu = torch.device("cpu")
     for attention in ATTENTION_PATHS:
         assert self_check.attention_error(attention, dtype, cpu) is None
+        assert self_check.attention_error(attention, dtype, cpu, between_documents=True) is None
     for moe in EXPERT_PATHS:
         assert self_check.experts_error(moe, dtype, cpu) is None
     compute = ComputeConfig(dtype, attention="masked", moe="blocks")
@@ -141,6 +143,19 @@ def test_wrong_attention_is_replaced_with_a_warning(self_check, monkeypatch, bro
     with pytest.warns(UserWarning, match="--attention masked is wrong.*using the slower plain"):
         settled = self_check.self_checked(ComputeConfig(dtype, attention="masked", moe="blocks"), torch.device("cpu"))
     assert (settled.attention, settled.moe) == ("plain", "blocks")
+
+
+def test_attention_that_does_not_keep_to_documents_is_replaced_where_it_has_to(self_check, monkeypatch, recwarn):
+    import torch
+
+    from torch_ref.attention import attend_plain
+
+    monkeypatch.setitem(self_check.ATTENTION_PATHS, "masked", lambda *operands: attend_plain(*operands[:4]))
+    compute, cpu = ComputeConfig(attention="masked", moe="dense"), torch.device("cpu")
+    assert self_check.self_checked(compute, cpu) == compute and not recwarn.list
+    with pytest.warns(UserWarning, match="--attention masked is wrong.*using the slower plain"):
+        settled = self_check.self_checked(dataclasses.replace(compute, separator=0), cpu)
+    assert (settled.attention, settled.separator) == ("plain", 0)
 
 
 def test_wrong_experts_are_replaced_with_a_warning(self_check, monkeypatch):
@@ -190,7 +205,7 @@ class Asked(Exception):
 
 
 @pytest.mark.parametrize("framework", ["torch", "flax"])
-@pytest.mark.parametrize("used_by", ["training", "a trained model"])
+@pytest.mark.parametrize("used_by", ["training", "training within documents", "a trained model"])
 def test_paths_are_checked_off_the_cpu(monkeypatch, framework, used_by):
     """There is no device here but the CPU: another's name is put in its place."""
     package = {"torch": "torch_ref", "flax": "flax_model"}[framework]
@@ -200,6 +215,7 @@ def test_paths_are_checked_off_the_cpu(monkeypatch, framework, used_by):
 
     device, backend, self_check = (import_module(f"{package}.{name}") for name in ("device", "backend", "self_check"))
     elsewhere = SimpleNamespace(type="mps", platform="gpu")
+    made = make_backend(framework) if used_by == "training within documents" else None
     for module in (device, backend, self_check):
         monkeypatch.setattr(module, "resolve_device", lambda name: elsewhere, raising=False)
         monkeypatch.setattr(module, "resolve_compute", lambda compute, *_: compute, raising=False)
@@ -208,8 +224,13 @@ def test_paths_are_checked_off_the_cpu(monkeypatch, framework, used_by):
     with pytest.raises(Asked):
         if used_by == "training":
             make_backend(framework)
+        elif made:
+            made._device = elsewhere
+            made.keep_within_documents(5)
         else:
             open_in(framework, SimpleNamespace(model_config=CONFIG), "auto", "auto")
+    if made:
+        assert backend.self_checked.call_args.args[0].separator == 5
 
 
 def test_mps_choices_train_on_the_cpu_to_the_same_numbers(device):
@@ -400,6 +421,38 @@ def test_a_copy_of_the_state_takes_what_this_process_holds():
 
     one, other = (SimpleNamespace(index=(slice(at, at + 4),), data=np.zeros(4, np.float32)) for at in (0, 4))
     assert own_bytes({"weight": SimpleNamespace(shape=(16,), addressable_shards=[one, one, other])}) == 32
+
+
+def test_gradients_of_shards_are_summed_in_float32():
+    """Of a step in bfloat16, in which the weights of layers travel; the embedding travels as it is. The program is
+    read, not run: the devices need not be here."""
+    jax = pytest.importorskip("jax")
+    import re
+
+    import numpy as np
+
+    from flax_model.backend import abstract_state
+    from flax_model.sharding import BATCH, WHOLE, decay_mask, make_mesh, partition_specs
+    from flax_model.train_step import train_step
+    from flax_model.values import structure
+    from parity_tests.support.backends import OPTIMIZER
+    from torch_ref.spec.config import MESH_AXES
+
+    shape, tokens = (1, 8, 1), jax.ShapeDtypeStruct((1, 8, 16), np.int32)
+    compute = ComputeConfig("bfloat16", attention="blocked", moe="grouped", mesh=shape)
+    state = abstract_state(CONFIG, np.dtype("float32"), make_mesh(jax.devices("cpu")[:1], (1, 1, 1)))
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    params, biases = partition_specs(CONFIG, shape)
+    specs = {"params": params, "biases": biases, "first_moment": params, "second_moment": params}
+    specs |= {"step": WHOLE, "updates": WHOLE}
+    settings = {"graphdef": structure(CONFIG), "config": CONFIG, "compute": compute, "optimizer": OPTIMIZER}
+    step = partial(train_step, **settings, decay=decay_mask(CONFIG))
+    mesh, parts = jax.sharding.AbstractMesh(shape, MESH_AXES), (specs, BATCH, BATCH, WHOLE)
+    step = jax.shard_map(step, mesh=mesh, in_specs=parts, out_specs=(specs, WHOLE), check_vma=False)
+    program = str(jax.make_jaxpr(step)(state, tokens, tokens, jax.ShapeDtypeStruct((), np.float32)))
+    summed, gathered = (re.findall(rf":(\w+)\[\S* = {name}\[", program) for name in ("reduce_scatter", "all_gather"))
+    assert summed == ["f32"] * sum("fsdp" in spec for spec in jax.tree.leaves(params))
+    assert set(gathered) == {"bf16", "f32"} and gathered.count("f32") == 1
 
 
 def test_four_devices_hold_an_expert_each():

@@ -73,6 +73,15 @@ def test_wrong_attention_gives_way(monkeypatch, fault):
         assert checked(attention="cudnn", moe="dense").attention == "plain"
 
 
+def test_attention_that_does_not_keep_to_documents_gives_way_where_it_has_to(monkeypatch):
+    monkeypatch.setitem(attention.ATTENTION_PATHS, "cudnn", lambda *operands: attention.attend_plain(*operands[:4]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checked(attention="cudnn", moe="dense").attention == "cudnn"
+    with pytest.warns(UserWarning, match="--attention cudnn is wrong on .*output off by.*; using the slower blocked"):
+        assert checked(attention="cudnn", moe="dense", separator=0).attention == "blocked"
+
+
 def wrong_experts(x, routing, gate, up, down, remat):
     """The gradient of an expert's weights is left out."""
     return moe.experts_dense(x, routing, jax.lax.stop_gradient(gate), up, down, remat)
@@ -99,11 +108,13 @@ def test_a_run_off_the_cpu_is_checked_and_a_compilation_for_others_is_not(monkey
     class Card:
         platform = "gpu"
 
-    monkeypatch.setattr(backend, "self_checked", lambda compute, device, config: asked.append(device) or compute)
+    monkeypatch.setattr(backend, "self_checked", lambda compute, *_: asked.append(compute.separator) or compute)
     monkeypatch.setattr(backend, "resolve_device", lambda name: Card())
     monkeypatch.setattr(backend, "resolve_compute", lambda compute, device, config: compute)
     monkeypatch.setattr(backend, "mesh_devices", lambda first, shape: jax.devices("cpu")[:1])
-    FlaxBackend(CONFIG, COMPUTE, OPTIMIZER).close()
-    assert len(asked) == 1
-    FlaxBackend(CONFIG, COMPUTE, OPTIMIZER, devices=jax.devices("cpu")[:1]).close()
-    assert len(asked) == 1 and self_check.SLOWER.keys() == {"cudnn", "blocked", "pallas", "grouped", "blocks"}
+    for devices in (None, jax.devices("cpu")[:1]):
+        made = FlaxBackend(CONFIG, COMPUTE, OPTIMIZER, devices=devices)
+        made.keep_within_documents(5)
+        made.close()
+        assert asked == [None, 5] and made.compute.separator == 5
+    assert self_check.SLOWER.keys() == {"cudnn", "blocked", "pallas", "grouped", "blocks"}

@@ -30,8 +30,9 @@ from train.run.schedule import Schedule
 DEVICES = 8
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2))
 """Sizes of data, fsdp and expert."""
-# Which expert path and rematerialisation each mesh runs with: every one of them occurs.
-COMPUTE = (("grouped", "off"), ("dense", "layers"), ("grouped", "experts"), ("pallas", "off"), ("blocks", "experts"))
+# Which expert path and rematerialisation each mesh runs with: every one of them occurs, and where experts are split
+# those that are the default of CPUs and of GPUs.
+COMPUTE = (("blocks", "off"), ("dense", "layers"), ("grouped", "experts"), ("pallas", "off"), ("grouped", "experts"))
 STEPS, FAULT_STEPS = 20, 1
 ROWS, SEQ = 16, 24
 BOUND = 1e-10

@@ -4,7 +4,9 @@ folder, or in training on, is found and named."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -52,9 +54,13 @@ def said(capsys, *arguments: object) -> tuple[int, str]:
     return code, (captured.out + captured.err).splitlines()[-1]
 
 
-def test_a_right_model_passes_and_its_card_says_so(exported, capsys):
+def test_a_right_model_passes_and_its_card_says_so(exported, capsys, monkeypatch):
+    decoded, original = [], check._decoding
+    monkeypatch.setattr(check, "_decoding", lambda *arguments: decoded.extend(original(*arguments)) or decoded)
     code, verdict = said(capsys, exported)
     assert code == 0 and verdict.startswith("Yes, to rounding. ")
+    assert [each.where.partition(",")[0] for each in decoded] == ["torch", "flax", "transformers"]
+    assert all(re.search(r", of [1-9]\d* judged of 24$", each.where) for each in decoded), decoded
     page = (exported / "parity/index.html").read_text()
     assert (
         "output, in the order of the forward pass" in page
@@ -81,6 +87,11 @@ FAULTS = {
         ),
         "transformers trace, float32, .*: layers.0.input_norm off by",
     ),
+    "router": (
+        lambda: mock.patch("flax_model.moe.top_k", without_the_best),
+        "choices, float32, .*: layers.1.mlp.router: 80 of 80 tokens differ, of them beyond the score error off by",
+    ),
+    "cache": (lambda: scaled_decoding(), "decode, float32, .*: flax, of .* judged of 24 off by"),
 }
 
 
@@ -90,6 +101,29 @@ def scaled_paths() -> dict:
     return {name: lambda *args, p=path, **more: 1.01 * p(*args, **more) for name, path in ATTENTION_PATHS.items()}
 
 
+def without_the_best(scores, k):
+    import jax
+
+    return jax.lax.top_k(scores, k + 1)[1][:, 1:]
+
+
+@contextmanager
+def scaled_decoding():
+    """Attention to the cache alone, in programs that are compiled for it."""
+    from flax_model import generate
+
+    original = generate.attend_latents
+
+    def scaled(*arguments):
+        out, cache = original(*arguments)
+        return 3 * out, cache
+
+    generate._run.clear_cache()
+    with mock.patch.object(generate, "attend_latents", scaled):
+        yield
+    generate._run.clear_cache()
+
+
 def coarse_norm(self, size, eps=1e-6):
     import torch
 
@@ -97,11 +131,9 @@ def coarse_norm(self, size, eps=1e-6):
     self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(size)), 1e-2
 
 
-@pytest.mark.parametrize("framework", FAULTS)
-def test_a_fault_in_any_framework_is_found_where_it_is(exported, tmp_path, capsys, framework):
-    import re
-
-    plant, place = FAULTS[framework]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_any_framework_is_found_where_it_is(exported, tmp_path, capsys, fault):
+    plant, place = FAULTS[fault]
     with plant():
         code, verdict = said(capsys, exported, "--out", tmp_path)
     assert code == 1
@@ -219,8 +251,6 @@ def test_the_runs_own_dtype_is_measured_too(run, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(exported, run, tmp_path, capsys, arguments, message):
-    import re
-
     filled = [each.format(exported=exported, run=run) for each in arguments]
     with mock.patch.object(check, "measure"):
         code, verdict = said(capsys, *filled, "--out", tmp_path)
@@ -261,3 +291,55 @@ def test_modules_of_a_deep_model_carry_the_errors_of_the_layers_before_them(laye
     measured = compare_outputs(case, replace(right, trace={name: value + np.asarray(error, dtype)}), right)
     assert [each.rung for each in measured] == ["trace", "hidden", "logits", "KL", "loss"]
     assert measured[0].passed == passes and all(each.passed for each in measured[1:])
+
+
+@pytest.mark.parametrize(("margin", "unexplained"), [(0.9e-3, 0), (1.1e-3, 1)])
+def test_choices_may_differ_within_the_error_of_the_scores(margin, unexplained):
+    """1e-3 here. The margin is that of score and bias; after a router that chose differently none is compared."""
+    from parity_tests.harness.cases import Case
+    from parity_tests.harness.ladder import compare_choices
+    from parity_tests.harness.measure import Outcome
+    from torch_ref.spec.config import ComputeConfig
+
+    assert MODEL.num_experts_per_tok == 2
+    routers = [f"layers.{layer}.mlp.router" for layer in (1, 2, 3)]
+    scores = np.tile([0.9, 0.5, 0.3, 0.1], (5, 1))
+    biases = {f"{name}.balance_bias": np.array([0, 0, 0.2 - margin, 0]) for name in routers}
+    chosen, other = np.tile([0, 1], (5, 1)), np.tile([1, 0], (5, 1))
+    flax = {f"{name}.{part}": value for name in routers for part, value in (("scores", scores), ("chosen", chosen))}
+    torch = {name: value + 1e-3 if name.endswith("scores") else other for name, value in flax.items()}
+    for name in routers[1:]:
+        torch[f"{name}.chosen"] = other.copy()
+        torch[f"{name}.chosen"][3] = [2, 0]
+    right = Outcome(0, 1, 0, np.ones(1), np.ones(1), np.zeros(0, int), {})
+    case = Case("made up", MODEL, ComputeConfig(), ComputeConfig())
+    found = compare_choices(case, replace(right, trace=torch), replace(right, trace=flax), biases)
+    assert [(each.where.partition(" of ")[0], each.error) for each in found] == [
+        ("layers.1.mlp.router: 0", 0),
+        ("layers.2.mlp.router: 1", unexplained),
+    ]
+    assert [each.passed for each in found] == [True, not unexplained]
+
+
+def test_divergence_is_that_of_the_distributions():
+    """Of (1/2, 1/2) from (1/4, 3/4), ln(4/3) / 2 nats, whatever is added to all logits; of a distribution from itself,
+    none."""
+    from parity_tests.harness.ladder import kl_divergence
+
+    expected, got = np.log([[1, 1], [1, 3]]) + 7, np.log([[1, 3], [2, 6]])
+    np.testing.assert_allclose(kl_divergence(expected, got), [np.log(4 / 3) / 2, 0], rtol=1e-13, atol=1e-15)
+
+
+def test_the_divergence_of_one_token_is_seen_where_logits_are_within_their_bound():
+    from parity_tests.harness.cases import Case
+    from parity_tests.harness.ladder import compare_outputs
+    from parity_tests.harness.measure import Outcome
+    from torch_ref.spec.config import ComputeConfig
+
+    logits = np.array([[[20, 0], [20, 20], [20, 0]]], np.float32)
+    right = Outcome(0, 1, 0, np.ones((1, 1, 3, 2), np.float32), logits, np.zeros(0, int), {})
+    other = logits.copy()
+    other[0, 1, 1] += 1.8e-4  # 9e-6 of the largest; the divergence is an eighth of its square, 4e-9
+    case = Case("made up", MODEL, ComputeConfig(), ComputeConfig())
+    found = {each.rung: each.passed for each in compare_outputs(case, replace(right, logits=other), right)}
+    assert found == {"hidden": True, "logits": True, "KL": False, "loss": True}

@@ -287,6 +287,33 @@ def test_chunked_loss_against_all_logits_at_once(framework, tokens, chunk):
         assert relative_error(a, b) <= 1e-13, what
 
 
+@pytest.mark.parametrize("half_products", [True, False])
+def test_chunked_loss_in_bfloat16_against_the_plain_one_in_float32(monkeypatch, half_products):
+    """The embedding's gradient is a sum over chunks in its own float32, whether products take bfloat16, as on CUDA, or
+    widened operands. What is rounded, 8 bits each, are the gradients of logits and the products."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref import cpu, loss
+
+    monkeypatch.setattr(cpu, "HALF_PRODUCTS", half_products)
+    generator = np.random.default_rng(2)
+    hidden, embedding = (torch.from_numpy(generator.standard_normal((rows, HIDDEN))) for rows in (100, 50))
+    targets = integers("torch", generator.integers(-1, 50, 100))
+    operands = hidden.bfloat16(), embedding.bfloat16().float()
+
+    def loss_and_gradients(function, *operands):
+        leaves = [operand.clone().requires_grad_() for operand in operands]
+        total = function(*leaves)
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    got = loss_and_gradients(lambda h, e: loss.cross_entropy(h, e, targets, 32), *operands)
+    expected = loss_and_gradients(
+        lambda h, e: loss.cross_entropy_plain(h, e, targets), *(operand.float() for operand in operands)
+    )
+    assert got[2].dtype == torch.float32
+    for what, a, b in zip(("loss", "hidden", "embedding"), got, expected, strict=True):
+        assert relative_error(a.float(), b) <= KERNEL_BOUNDS["bfloat16"], what
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_loss_against_a_hand_made_shifted_reference(framework):
     """The token after each position is what is scored there; unscored ones count nothing."""

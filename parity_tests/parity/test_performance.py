@@ -43,13 +43,14 @@ def test_a_step_is_compiled_once():
 
     backend = FlaxBackend(TINY, ComputeConfig(), replace(OPTIMIZER, schedule=lambda step: 1e-3 * (step + 1)), "cpu")
     backend.init(0)
-    compiled = []
+    counts, compiled = [], []
     generator = np.random.default_rng(0)
     for _ in range(4):
         rows = generator.integers(0, TINY.vocab_size, (1, 65), dtype=np.int32)
         backend.step(rows[:, :-1], rows[:, 1:])
-        compiled.append(len(backend._compiled))
-    assert compiled == [1, 1, 1, 1]
+        counts.append(len(backend._compiled))
+        compiled.append(next(iter(backend._compiled.values())))
+    assert counts == [1, 1, 1, 1] and all(step is compiled[0] for step in compiled)
     backend.close()
 
 

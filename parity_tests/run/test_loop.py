@@ -20,7 +20,7 @@ from train.data.feed import Validation
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
-from train.run.runlog import read_metrics, validation_curves
+from train.run.runlog import RunLog, read_metrics, validation_curves
 from train.run.scoring import fixed_size_parts
 from train.shell import COMPLETE, FAILED
 from train.state.card import model_card
@@ -64,7 +64,7 @@ def test_metrics_hold_what_the_log_rounds(straight: Stage) -> None:
     assert shown == [(str(step["step"]), f"{step['loss']:.4f}") for step in steps]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("at_step", [1, 5, 7, 13])
 def test_a_signal_finishes_the_step_and_the_run_goes_on(
     stage: Stage, straight: Stage, number: int, code: int, at_step: int
@@ -125,6 +125,26 @@ def test_a_signal_stops_what_takes_long_and_the_run_makes_up_for_it(stage: Stage
 def test_a_signal_during_the_last_step_still_completes(stage: Stage) -> None:
     stage.backend.before_step = kill_at(signal.SIGINT, 15)
     assert stage.train() == COMPLETE
+
+
+def test_a_run_that_nobody_reads_any_more_saves_and_goes_on(
+    stage: Stage, straight: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = RunLog.step
+
+    def unread(log: RunLog, values: dict, line: str) -> None:
+        said(log, values, line)
+        log.unread = values["step"] == 7
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", unread)
+        assert stage.train() == 141
+    assert "step_7.npz" in stage.files("checkpoints")
+    assert stage.records("end") == [{"kind": "end", "step": 7, "state": "interrupted"}]
+
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE
+    assert stage.losses() == straight.losses()
 
 
 def test_a_second_signal_ends_at_once(stage: Stage) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies
 
-from torch_ref.spec.config import PRESETS, ModelConfig
+from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.huggingface import export_folder
-from torch_ref.spec.interface import UserError
+from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
 from torch_ref.spec.parameters import initial_values
 from train.command_line import field_docstrings, parse, settings_table
 from train.data.hub import DEFAULT_CONFIGS
 from train.data.options import Dataset
 from train.run.options import DeviceOptions, Options, flag, trajectory_differences
+from train.run.schedule import Schedule
 
 PROMISED = (
     "--preset --config --run-dir --seed --device --dtype --dataset --dataset-config --tokenizer --steps "
@@ -171,6 +172,13 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
             "--validation-dataset a=c: must be NAME=FILES",
         ),
         (["--document-bytes", "10"], "--document-bytes 10: must be 0 or from 256"),
+        (["--prompt", ""], "--prompt : must not be empty"),
+        (["--mesh", "fsdp=0"], "--mesh fsdp=0: 'fsdp=0' is none of data=N, fsdp=N, expert=N with N from 1"),
+        (["--mesh", "data=1,pipe=2"], "--mesh data=1,pipe=2: 'pipe=2' is none of data=N"),
+        (
+            ["--mesh", "expert=3", "--batch-size", "9"],
+            "--mesh expert=3: expert must be a divisor of --n-routed-experts 8",
+        ),
         (["--first-k-dense", "31"], "first_k_dense = 31: must be at most 30"),
         (["--num-kv-heads", "2"], "num_kv_heads = 2: must divide num_heads = 9"),
         (["extra"], "unknown option extra"),
@@ -197,6 +205,32 @@ def test_a_token_budget_in_a_file_gives_way_to_steps(tmp_path: Path) -> None:
     file.write_text("tokens = 32768")
     assert read("--config", str(file)).steps == 2
     assert "give one of them" in refusal("--tokens", "1M", "--steps", "7")
+
+
+def test_every_flag_of_the_update_the_samples_and_the_computation_arrives() -> None:
+    options = read(
+        *"--steps 90 --learning-rate 0.02 --warmup-steps 7 --lr-schedule wsd --decay-steps 30".split(),
+        *"--final-lr-ratio 0.3 --beta1 0.8 --beta2 0.85 --eps 1e-6 --weight-decay 0.05 --grad-clip 2.5".split(),
+        *"--batch-size 24 --micro-batch-size 2 --mesh data=3,fsdp=2,expert=2 --n-routed-experts 8".split(),
+        *"--dtype bfloat16 --attention plain --moe dense --remat layers --no-scan-layers --compile off".split(),
+        *"--loss-chunk 64 --sample-tokens 11 --temperature 0.6 --top-k 5 --top-p 0.7".split(),
+    )
+    schedule = Schedule(peak=0.02, warmup_steps=7, steps=90, final_ratio=0.3, decay_steps=30)
+    assert options.schedule == schedule
+    assert options.optimizer == OptimizerConfig(
+        schedule=schedule, betas=(0.8, 0.85), eps=1e-6, weight_decay=0.05, grad_clip=2.5, micro_batch_size=2
+    )
+    assert options.compute == ComputeConfig(
+        dtype="bfloat16",
+        attention="plain",
+        moe="dense",
+        remat="layers",
+        scan_layers=False,
+        loss_chunk=64,
+        mesh=(3, 2, 2),
+        compile="off",
+    )
+    assert options.sampling(9) == Sampling(max_new_tokens=11, temperature=0.6, top_k=5, top_p=0.7, stop_token=9)
 
 
 def test_a_batch_may_be_smaller_than_a_micro_batch() -> None:

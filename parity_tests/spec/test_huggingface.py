@@ -202,17 +202,25 @@ def test_a_large_model_is_split_into_files(tmp_path):
     assert_same(values, values_with_bias(config))
 
 
-def test_tokenizer_travels_with_its_end_of_text(tmp_path):
-    if not TOKENIZER.exists():
-        pytest.skip(f"no tokenizer at {TOKENIZER}")
+@pytest.mark.parametrize("made", ["by training", "by others"])
+def test_tokenizer_travels_with_its_end_of_text(tmp_path, made):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), tokenizer=TOKENIZER, end_of_text=0)
+    source = TOKENIZER
+    if made == "by training":
+        from train.data.tokenizer import train_tokenizer
+
+        source = tmp_path / "tokenizer"
+        source.mkdir()
+        train_tokenizer(["Five words, 1234 and an indent. " * 20], SMALL.vocab_size).save(source)
+    elif not source.exists():
+        pytest.skip(f"no tokenizer at {source}")
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), tokenizer=source, end_of_text=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id) == ("<|endoftext|>", 0, 0)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     text = "Fünf  words, 1234 and\n\tan indent."
     ids = tokenizer(text)["input_ids"]
-    assert ids == tokenizers.Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")).encode(text).ids
+    assert ids == tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(ids) == text
     assert not list((tmp_path / "out").glob("**/special_tokens_map.json"))
 

@@ -16,6 +16,7 @@ import pytest
 from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, make_backend
 from torch_ref.spec.checkpoint import close_seal
 from torch_ref.spec.config import ComputeConfig, ModelConfig
+from torch_ref.spec.huggingface import SIDECAR
 from torch_ref.spec.interface import TrainingState, UserError
 from torch_ref.spec.parameters import initial_values, parameter_table
 from torch_ref.spec.training_state import LazyArrays
@@ -23,7 +24,7 @@ from train import command_line
 from train.convert import convert, main
 from train.run.options import Options
 from train.state.neutral import RUN, read_state, write_state
-from train.state.source import config_of, load_checkpoint, locate, open_state, read_start
+from train.state.source import Source, config_of, load_checkpoint, locate, open_state, read_start
 
 BOTH = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("torch", "flax")), reason="needs torch and flax"
@@ -361,6 +362,32 @@ def test_a_machine_without_a_framework(tmp_path, hidden, form, works):
     else:
         assert done.returncode == 2
         assert done.stderr.strip().endswith("--to torch: torch is not installed; --to neutral needs neither framework")
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name"), [("torch", "torch", "torch"), ("flax", "flax_model.checkpoint", "JAX")]
+)
+def test_a_form_whose_framework_is_absent_is_refused_by_name(tmp_path, monkeypatch, kind, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    said = f"step_1: needs {name} to read; convert it to neutral form where {name} is installed"
+    with pytest.raises(UserError, match=said):
+        open_state(Source(kind, tmp_path / "step_1", None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, f"w.safetensors: settings.toml or {SIDECAR} must lie beside it, for the model's sizes"),
+        ("[model", "settings.toml: cannot be read as settings"),
+        ("steps = 3", "settings.toml: cannot be read as settings"),
+        ("[model]\nlayers = 3", "settings.toml: cannot be read as settings"),
+    ],
+)
+def test_weights_without_their_models_sizes_are_refused_by_name(tmp_path, settings, said):
+    if settings is not None:
+        (tmp_path / "settings.toml").write_text(settings)
+    with pytest.raises(UserError, match=said):
+        open_state(Source("weights", tmp_path / "w.safetensors", None))
 
 
 def test_the_run_folder_in_a_neutral_folder_is_found(tmp_path):

@@ -73,7 +73,7 @@ def test_a_crafted_pt_file(tmp_path: Path, kind: str) -> None:
             archive.writestr("step_1/version", "3\n")
             archive.writestr("../../sprung", "")
     else:
-        torch.save({"framework": "torch", "w": torch.zeros(1000)}, tmp_path / "honest.pt")
+        torch.save({"framework": "torch", "w": torch.rand(1000)}, tmp_path / "honest.pt")
         with zipfile.ZipFile(tmp_path / "honest.pt") as honest, zipfile.ZipFile(path, "w") as archive:
             for member in honest.infolist():
                 method = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
@@ -81,8 +81,9 @@ def test_a_crafted_pt_file(tmp_path: Path, kind: str) -> None:
             if kind == "overlapping":
                 archive.filelist += archive.filelist * 3  # all at the same place of the file
     backend = make_backend("torch")
+    said = "step_1.pt.*compressed or overlap" if kind in ("compressed", "overlapping") else "step_1.pt"
     for read in (backend.restore, lambda file: open_state(locate(file))):
-        with pytest.raises(UserError, match="step_1.pt") as refusal:
+        with pytest.raises(UserError, match=said) as refusal:
             read(path)
         assert "\n" not in str(refusal.value)
     assert not sprung.exists() and not (tmp_path.parent / "sprung").exists()
