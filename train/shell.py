@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any, TextIO, TypeVar
 
 from torch_ref.spec.config import SpecificationError
@@ -65,10 +66,15 @@ def parse_flags(options: type[Flags] | Any, prog: str, argv: Sequence[str], **mo
 
 
 def _first_sentence(box: str) -> str:
-    """The message in tyro's error box, which ends at the first rule, on one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((number for number, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-    return " ".join(lines[:end]).removeprefix("Error parsing ")
+    """The message in tyro's error box, below its title and up to the next rule, on one line. Where the terminal knows
+    ASCII alone, the title has a rule of its own below it."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─╰╯-")
+
+    lines = (line.strip("│ ") for line in box.splitlines()[1:])
+    message = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines))
+    return " ".join(message).removeprefix("Error parsing ")
 
 
 def unicode_text(text: str, what: str) -> str:

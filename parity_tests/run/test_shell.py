@@ -67,6 +67,15 @@ def test_an_error_of_ones_own_is_not_put_down_to_another_process(package, error,
     assert ended.value.code == code and said in capsys.readouterr().err
 
 
+def test_a_mistake_is_one_line_where_the_terminal_knows_ascii_alone():
+    command = [sys.executable, "-m", "train.flax_main", "--num-heads", "5"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: model: num_kv_heads = 3: must divide num_heads = 5; ")
+
+
 def test_bytes_that_are_no_text_are_refused_by_name(capsys):
     assert raising(AssertionError("not reached"))(["--prompt", "\udcff"]) == 2
     assert capsys.readouterr().err == "error: --prompt: not UTF-8 text, at character 1\n"
