@@ -92,6 +92,7 @@ def test_others_end_with_a_process_that_is_gone_or_hangs(tmp_path: Path, number:
         run.processes[number].send_signal(getattr(signal, what))
         other = 1 - number
         assert run.processes[other].wait(60) != 0, run.said(other)
+        run.wait_for_a_word(other)
         assert run.said(other).splitlines()[-1].startswith("error: ") and run.said(other).count(LOST) == 1
         assert other == 0 or run.said(1).count("\n") == 1
 

@@ -108,6 +108,12 @@ class Started:
             time.sleep(0.02)
         return [process.poll() for process in self.processes]
 
+    def wait_for_a_word(self, number: int, seconds: float = 30) -> None:
+        """What Flax says at its end goes through a process of its own, which may be later."""
+        end = time.monotonic() + seconds
+        while "\n" not in self.said(number) and time.monotonic() < end:
+            time.sleep(0.01)
+
     def said(self, number: int) -> str:
         return self.outputs[number].read_text(errors="replace")
 

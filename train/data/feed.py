@@ -224,7 +224,7 @@ class Data:
 
     def _keep(self, kept: Kept, folder: Path, resume: bool) -> None:
         """What the run is to go on with. On resume: what is missing, and validation datasets, which may change."""
-        missing = not all((folder / name).exists() for name in (KEPT_FILE, "tokenizer.json"))
+        missing = not all((folder / name).exists() for name in (KEPT_FILE, "tokenizer.json", CONFIG_FILE))
         if not resume or missing:
             self.tokenizer.save(folder)
         new = kept
