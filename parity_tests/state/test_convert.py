@@ -126,7 +126,7 @@ NEUTRAL_FAULTS = {
     "one moment": ("state.json", "both moments or none"),
     "lost file": ("second_moment.safetensors", "No such file"),
     "cut short": ("weights.safetensors", "cut short or damaged at norm.weight"),
-    "shape": ("weights.safetensors", r"embed_tokens.weight is \(96, 32\), state.json asks \(96, 40\)"),
+    "shape": ("weights.safetensors", r"embed_tokens.weight is \(96, 32\), state.json asks for \(96, 40\)"),
 }
 
 

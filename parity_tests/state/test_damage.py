@@ -163,7 +163,7 @@ def test_weights_of_another_model_are_refused_by_name(saved, tmp_path):
     weights = next(file for file in (tmp_path / "weights").iterdir() if file.suffix in (".pt", ".safetensors"))
     sidecar = tmp_path / "weights" / SIDECAR
     model = json.loads(sidecar.read_text())["model"]
-    for changed, said in (({"v_head_dim": 16}, "the sizes beside it ask for"), ({"num_layers": 3}, "missing")):
+    for changed, said in (({"v_head_dim": 16}, "the config beside it asks for"), ({"num_layers": 3}, "missing")):
         sidecar.write_text(json.dumps({"model": model | changed}))
         with pytest.raises(UserError, match=f"{weights.name}: .*{said}"):
             open_state(locate(weights))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,15 @@ def read_state(folder: Path) -> TrainingState:
 
 def _read_tensors(path: Path, rows: list[Parameter], checksums: dict[str, str] | None) -> TensorReader:
     reader = TensorReader(path, checksums=checksums)
-    expected = {row.name: row.shape for row in rows}
-    found = {name: spec.shape for name, spec in reader.specs.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(f"{path}: {name} is {found.get(name, 'missing')}, state.json asks {expected.get(name)}")
+    require_rows({name: spec.shape for name, spec in reader.specs.items()}, rows, path, "state.json")
     return reader
+
+
+def require_rows(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Parameter], path: Path, asking: str) -> None:
+    """Raises `UserError` naming the first tensor of a file that is not one of the rows that `asking` asks for, is
+    missing, or has another shape."""
+    expected = {row.name: row.shape for row in rows}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            found, asked = shapes.get(name, "missing"), expected.get(name, "no such tensor")
+            raise UserError(f"{path}: {name} is {found}, {asking} asks for {asked}")

@@ -23,7 +23,7 @@ from torch_ref.spec.interface import Backend, TrainingState, UserError
 from torch_ref.spec.parameters import flax_path, parameter_table
 from torch_ref.spec.storage import TensorReader, read_json
 from torch_ref.spec.training_state import LazyArrays, require_config
-from train.state.neutral import RUN, TENSORS, is_state, read_state
+from train.state.neutral import RUN, TENSORS, is_state, read_state, require_rows
 
 KINDS = "a run folder, a checkpoint, a neutral folder, a transformers folder or a file of final weights"
 
@@ -117,7 +117,8 @@ def _read_torch(path: Path) -> TrainingState:
     stored = load(path)
     if isinstance(stored, dict) and all(isinstance(value, torch.Tensor) for value in stored.values()):
         config = _config_beside(path)
-        _require_rows(config, {name: tuple(tensor.shape) for name, tensor in stored.items()}, path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        require_rows(shapes, parameter_table(config), path, "the config beside it")
         return TrainingState(config, _torch_arrays(stored))
     require_contents(stored, "torch", path)
     return TrainingState(
@@ -179,17 +180,9 @@ def _read_transformers(path: Path) -> TrainingState:
 
 def _read_weights(path: Path) -> TrainingState:
     config, reader = _config_beside(path), TensorReader(path)
-    _require_rows(config, {name: spec.shape for name, spec in reader.specs.items()}, path)
+    shapes = {name: spec.shape for name, spec in reader.specs.items()}
+    require_rows(shapes, parameter_table(config), path, "the config beside it")
     return TrainingState(config, reader)
-
-
-def _require_rows(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Raises `UserError` naming the first tensor of a weights file that the model's table has not, or otherwise."""
-    expected = {row.name: row.shape for row in parameter_table(config)}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            found, asked = shapes.get(name, "missing"), expected.get(name, "no such tensor")
-            raise UserError(f"{path}: {name} is {found}, the sizes beside it ask for {asked}")
 
 
 def _config_of_dict(path: Path, values: dict) -> ModelConfig:
