@@ -141,7 +141,7 @@ def test_a_gradient_that_is_rounding_alone_is_not_judged(monkeypatch):
 
     def compiled(block, x, rope, compute, documents):
         out, report = torch_block.run_layer(block, x, rope, compute, documents)
-        return out + 1e-9 * block.mlp.router.weight.sum(), report
+        return out + 1e-6 * block.mlp.router.weight.sum(), report
 
     monkeypatch.setattr(self_check, "compiled_layer", lambda: compiled)
     monkeypatch.setattr(self_check, "_compiled_loss_error", lambda *_: None)
