@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from parity_tests.harness.measure import relative_error
-from parity_tests.parity.test_kernels import gradients, integers, module
 from parity_tests.support.backends import CONFIG, FRAMEWORKS, OPTIMIZER, batch, make_backend
+from parity_tests.support.gradients import gradients, integers, module
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import Sampling
 from torch_ref.spec.parameters import initial_values

@@ -1,0 +1,192 @@
+"""Experts by each path against all experts on all tokens, values and gradients, on routings made to break them; and how
+the router chooses."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.measure import relative_error
+from parity_tests.support.backends import CONFIG, FRAMEWORKS
+from parity_tests.support.gradients import flax_gradients, gradients, integers, module
+
+HIDDEN, FFN = 12, 20
+
+
+# Which experts each token takes: [tokens, topk] of some number of experts.
+def spread(tokens, experts, topk=2):
+    return np.argsort(np.random.default_rng(7).random((tokens, experts)), axis=1)[:, :topk]
+
+
+ROUTINGS = {
+    "random": (4, spread(150, 4)),
+    "one token": (4, spread(1, 4)),
+    "all tokens to the same two experts, the others idle": (4, np.tile([[3, 1]], (130, 1))),
+    "whole blocks": (2, np.tile([[0, 1]], (64, 1))),
+    "one token more than a block": (2, np.tile([[1, 0]], (65, 1))),
+    "one expert per token": (3, spread(70, 3, topk=1)),
+    "every expert for every token": (3, spread(67, 3, topk=3)),
+}
+
+
+@cache
+def expert_gradients(framework, routing, path, remat):
+    """Output, and gradients of x, routing weights, gate, up and down."""
+    experts, chosen = ROUTINGS[routing]
+    generator = np.random.default_rng(0)
+    tokens = len(chosen)
+    shapes = ((tokens, HIDDEN), chosen.shape, (experts, FFN, HIDDEN), (experts, FFN, HIDDEN), (experts, HIDDEN, FFN))
+    operands = [generator.standard_normal(shape) for shape in shapes]
+    upstream = generator.standard_normal((tokens, HIDDEN))
+    moe = module(framework, "moe")
+
+    def function(x, weights, gate, up, down):
+        # Scores play no part in the experts: any array of their shape will do.
+        routing = moe.Routing(integers(framework, chosen), weights, x[:, :1] * 0 + gate[:, 0, 0])
+        return moe.EXPERT_PATHS[path](x, routing, gate, up, down, remat)
+
+    return gradients(framework)(function, operands, upstream)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    "path, remat", [("grouped", False), ("grouped", True), ("blocks", False), ("pallas", False), ("pallas", True)]
+)
+def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path, remat):
+    if path == "pallas" and framework == "torch":
+        pytest.skip("Flax only")
+    if framework == "flax" and remat and routing != "random":
+        pytest.skip("a compilation each; what differs with remat is the same for every routing")
+    got, expected = (
+        expert_gradients(framework, routing, path, remat),
+        expert_gradients(framework, routing, "dense", False),
+    )
+    for what, a, b in zip(("output", "x", "weights", "gate", "up", "down"), got, expected, strict=True):
+        assert relative_error(a, b) <= 1e-13, what
+    experts, chosen = ROUTINGS[routing]
+    idle = sorted(set(range(experts)) - set(chosen.ravel().tolist()))
+    assert all((gradient[idle] == 0).all() for gradient in got[3:])
+
+
+def kernel_gradients(dtype, path, hidden=32, ffn=48):
+    """Output and gradients for inputs of a dtype; loads differ, one expert is idle, one has more than a block."""
+    import jax.numpy as jnp
+
+    from flax_model import moe
+
+    generator = np.random.default_rng(0)
+    chosen = np.sort(np.argsort(generator.random((200, 5)), axis=1)[:, :2] * [1, 0] + [0, 3], axis=1)
+    chosen[chosen[:, 0] == 3, 0] = 0  # expert 3 has every token, 4 some, the third none
+    chosen[chosen == 2] = 1
+    shapes = ((200, hidden), chosen.shape, (5, ffn, hidden), (5, ffn, hidden), (5, hidden, ffn))
+    x, *others = (jnp.asarray(generator.standard_normal(shape) / shape[-1] ** 0.5, "float32") for shape in shapes)
+    upstream = generator.standard_normal((200, hidden)).astype("float32")
+
+    def function(x, weights, gate, up, down):
+        routing = moe.Routing(jnp.asarray(chosen), weights, x[:, :1] * 0 + gate[:, 0, 0])
+        return moe.EXPERT_PATHS[path](x, routing, gate, up, down, False)
+
+    return [np.asarray(each, np.float64) for each in flax_gradients(function, [x.astype(dtype), *others], upstream)]
+
+
+KERNEL_BOUNDS = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_BOUNDS)
+def test_kernels_in_the_dtypes_of_gpus(dtype):
+    pytest.importorskip("flax")
+    for got, expected in zip(kernel_gradients(dtype, "pallas"), kernel_gradients(dtype, "dense"), strict=True):
+        assert relative_error(got, expected) <= KERNEL_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 128, 144, 192, 256, 448, 512, 576, 640, 1536, 2048])
+@pytest.mark.parametrize("limit", [64, 128, 192, 256])
+def test_programs_share_all_columns(size, limit):
+    pytest.importorskip("flax")
+    from flax_model.grouped_kernels import _parts
+
+    parts = _parts(size, limit)
+    assert parts.width & (parts.width - 1) == 0 and parts.columns <= max(limit, 16) and size % parts.columns == 0
+    assert parts.columns >= min(size & -size, limit // 2)
+
+
+@pytest.mark.parametrize("hidden, ffn", [(144, 64), (64, 144)])
+def test_kernels_of_several_programs_with_several_parts_each(monkeypatch, hidden, ffn):
+    """As 576 columns are three times three parts of 64: here 144 are three times three of 16."""
+    pytest.importorskip("flax")
+    from flax_model import grouped_kernels
+
+    assert grouped_kernels._parts(576, 192) == (64, 3) and grouped_kernels._parts(144, 48) == (16, 3)
+    narrow = {name: tile._replace(columns=48, depth=32) for name, tile in grouped_kernels.TILES.items()}
+    monkeypatch.setattr(grouped_kernels, "TILES", narrow)
+    results = (kernel_gradients("float32", path, hidden, ffn) for path in ("pallas", "dense"))
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) <= KERNEL_BOUNDS["float32"]
+
+
+KERNEL_FAULTS = {
+    "each block has the next expert's weight": ("cut_blocks", lambda b: b._replace(expert=(b.expert + 1) % 5)),
+    "a weight's gradient lacks an expert's first block": (
+        "cut_blocks",
+        lambda b: b._replace(first_block=b.first_block.at[3].add(1)),
+    ),
+    "a token gets another's row": ("cut_blocks", lambda b: b._replace(slot=b.slot[::-1])),
+    "rows that fill up a block are not zero": ("_rows", lambda rows: rows + (rows == 0)),
+    "a gradient is half of itself": ("_d_weight", lambda gradient: gradient / 2),
+}
+
+
+@pytest.mark.parametrize("fault", KERNEL_FAULTS)
+def test_faults_in_kernels_are_seen(fault, monkeypatch):
+    pytest.importorskip("flax")
+    from flax_model import grouped_kernels
+
+    name, change = KERNEL_FAULTS[fault]
+    right = getattr(grouped_kernels, name)
+    monkeypatch.setattr(grouped_kernels, name, lambda *arguments: change(right(*arguments)))
+    pairs = zip(kernel_gradients("bfloat16", "pallas"), kernel_gradients("bfloat16", "dense"), strict=True)
+    assert max(relative_error(got, expected) for got, expected in pairs) > 2 * KERNEL_BOUNDS["bfloat16"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_ties_go_to_the_lowest_index(framework):
+    scores = np.array([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.7, 0.7], [0.2, 0.1, 0.2, 0.3]], np.float32)
+    if framework == "torch":
+        import torch
+
+        scores = torch.from_numpy(scores)
+    else:
+        import jax.numpy as jnp
+
+        scores = jnp.asarray(scores)
+    assert np.asarray(module(framework, "moe").top_k(scores, 2)).tolist() == [[0, 1], [1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
+    moe = module(framework, "moe")
+    generator = np.random.default_rng(4)
+    x, router = (generator.standard_normal(shape).astype(np.float32) for shape in ((30, HIDDEN), (4, HIDDEN)))
+
+    def route(bias):
+        operands = [x, router, np.array(bias, np.float32)]
+        if framework == "torch":
+            import torch
+
+            routing = moe.route(*map(torch.from_numpy, operands), CONFIG)
+        else:
+            import jax.numpy as jnp
+
+            routing = moe.route(*map(jnp.asarray, operands), CONFIG)
+        return [np.asarray(part) for part in routing]
+
+    chosen, weights, scores = route([0, 0, 0, 0])
+    same_chosen, same_weights, _ = route([5, 5, 5, 5])
+    np.testing.assert_array_equal(same_chosen, chosen)
+    np.testing.assert_array_equal(same_weights, weights)
+    biased_chosen, biased_weights, biased_scores = route([0, 0, 9, 0])
+    np.testing.assert_array_equal(biased_scores, scores)
+    assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
+    taken = np.take_along_axis(scores, biased_chosen, axis=1)
+    np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
