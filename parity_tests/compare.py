@@ -37,6 +37,7 @@ from parity_tests.harness.links import require
 from parity_tests.harness.measure import Measurement, relative_error
 from parity_tests.harness.mutations import first_failure
 from parity_tests.harness.pair import Pair, open_pair, user_error
+from parity_tests.harness.quick import quick_flags
 from parity_tests.harness.sides import Record
 from parity_tests.harness.suspects import confirmed, looks, usual
 from parity_tests.harness.trials import Scene, trials
@@ -213,8 +214,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gradients", action="store_true", help="also of every tensor and of the first input")
     parser.add_argument("--keep-weights", action="store_true", help="add no noise to tensors of equal values")
     options = parser.parse_args(argv)
-    # Operations are compiled one at a time, once each: without LLVM's optimisations that takes half the time.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    os.environ.setdefault("XLA_FLAGS", quick_flags())  # operations are compiled one at a time and run once
     try:
         for package in ("torch", "flax"):
             __import__(package)

@@ -5,12 +5,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from parity_tests.harness.quick import quick_flags
+
 # One GPU may hold both frameworks, so JAX must not take it whole; matrix products in float32 mean float32.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-# Models here are small, and most of the time goes into compiling them: half of it without LLVM's optimisation passes.
-# Speed is all they change; `python -m parity_tests.report` measures the same numbers with them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Models here are small, and most of the time goes into compiling them. Speed is all these flags are about;
+# `python -m parity_tests.report` measures the same numbers without them.
+os.environ.setdefault("XLA_FLAGS", quick_flags())
 # Several workers (`-n`) share the cores, one thread of torch's each. All set before either framework is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parity_tests.harness.quick import quick_flags
 from parity_tests.support.fakes import small_options
 from train.run.runlog import read_metrics
 
@@ -23,9 +24,8 @@ STEPS, MORE = 10, 2
 
 
 def cpu_devices(count: int) -> dict[str, str]:
-    """The environment of a process with so many CPU devices, which compiles in a third of the usual time."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {quick}"}
+    """The environment of a process with so many CPU devices, which compiles quickly."""
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} {quick_flags()}"}
 
 
 def settings(folder: Path, **changes: object) -> Path:
