@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, takewhile
@@ -39,6 +40,8 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             print("error:", *str(error).splitlines(), file=sys.stderr)
             return FAILED
         except KeyboardInterrupt as stop:
+            if argv is None:  # Python winds up, and would show where one more has met it
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
             return 128 + stop.args[0] if stop.args else INTERRUPTED
         except BrokenPipeError:
             forget_output()

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from parity_tests.support.backends import (
     make_backend,
     schedule,
 )
+from torch_ref.spec import storage
 from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.interface import UserError
 
@@ -330,6 +333,31 @@ def test_a_file_that_may_not_grow_so_large_is_reported(backend, tmp_path):
     path = backend.save(tmp_path, "step_1", META)
     backend.wait()
     assert backend.restore(path) == META
+
+
+@pytest.mark.parametrize("interrupted", range(1, 6))
+def test_a_torch_file_that_is_broken_off_is_an_interruption(tmp_path, monkeypatch, interrupted):
+    """torch's writer, which ends its file on the way out, then says that this could not be written."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref import checkpoint
+
+    calls = iter(range(1, 100))
+
+    class Interrupted(FileIO):
+        def write(self, part):
+            if next(calls) == interrupted:
+                raise KeyboardInterrupt(15)
+            return super().write(part)
+
+    @contextmanager
+    def whole_file(path, needed):
+        with storage.whole_file(path, needed) as file:
+            yield Interrupted(file.fileno(), "wb", closefd=False)
+
+    monkeypatch.setattr(checkpoint, "whole_file", whole_file)
+    with pytest.raises(KeyboardInterrupt, match="15"):
+        checkpoint.write_tensors(tmp_path / "step_1.pt", {"weight": torch.ones(1000)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_save_is_noticed_without_waiting_for_it(backend, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,26 @@ def test_mistakes_are_one_line(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr("train.shell.forget_output", lambda: None)
     assert raising(error)([]) == code
     assert capsys.readouterr().err == said
+
+
+def test_ctrl_c_again_while_python_winds_up_shows_no_traceback():
+    program = """
+import os, signal, sys, threading
+from train.shell import shell
+
+@shell
+def main(argv):
+    raise KeyboardInterrupt
+
+threading._register_atexit(os.kill, os.getpid(), signal.SIGINT)
+sys.exit(main())
+"""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a shell's background job has none
+    try:
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 @pytest.mark.parametrize("package", ["torch_ref", "flax_model"])

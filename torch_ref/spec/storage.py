@@ -310,6 +310,8 @@ def write_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it broke off the file that the library now complains of
+            raise error.__context__ from None
         raise _write_error(path, error, needed) from error
 
 
