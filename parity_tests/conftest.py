@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,8 @@ install_import_hook(CHECKED, "beartype.beartype")
 def pytest_configure(config):
     """One cache of JAX's compiled programs for all workers, the processes they start, and the next session: JAX finds
     them by the program, its own version, its flags and the processor. `--cache-clear` begins anew."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests send it to their children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if hasattr(config, "cache"):
