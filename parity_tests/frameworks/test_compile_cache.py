@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from parity_tests.harness import quick
+
 pytest.importorskip("flax", reason="Flax is not installed")
 
 PROGRAM = """
@@ -44,3 +46,15 @@ def test_another_folder_and_none(tmp_path):
 def test_a_user_without_a_home():
     homeless = "import os.path; os.path.expanduser = lambda path: path\n"  # what it does where no home is known
     assert run(homeless + PROGRAM, XDG_CACHE_HOME="")[:2] == ["None", "0"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "plain_fusions"), [("0.10.2", True), ("0.11.0", True), ("0.11.1", False), ("0.12.0.1", False)]
+)
+def test_no_flag_is_named_that_the_installed_jaxlib_lacks(monkeypatch, installed, plain_fusions):
+    monkeypatch.setattr(quick, "version", lambda package: installed)
+    assert (quick.PLAIN_FUSIONS in quick.quick_flags()) == plain_fusions
+
+
+def test_the_flags_of_the_installed_jaxlib_are_known_to_it():
+    assert run("import jax; print(jax.device_count('cpu'))", XLA_FLAGS=quick.quick_flags()) == ["1"]
