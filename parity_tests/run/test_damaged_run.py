@@ -71,7 +71,7 @@ DAMAGES = {"truncated": truncate, "emptied": empty, "one bit flipped": flip, "de
 
 def later(run: Path) -> list[tuple]:
     """What the run logged after it was interrupted: the earlier lines may have been damaged."""
-    return [record for record in numbers(run) if int(record[1]) > STOPPED_AT]
+    return numbers(run, after=STOPPED_AT)
 
 
 def goes_on_or_is_refused(
