@@ -99,7 +99,7 @@ def last_step(run_dir: Path) -> int:
         return 0
 
 
-def numbers(run_dir: Path, after: int = 0) -> list[tuple]:
+def numbers(run_dir: Path, after: int = -1) -> list[tuple]:
     """What must be equal bit for bit, of the steps after one."""
     records = [r for r in read_metrics(run_dir) if r.get("kind") in COMPARED and r.get("step", 0) > after]
     return [(r["kind"], *(json.dumps(r[name]) for name in COMPARED[r["kind"]])) for r in records]
