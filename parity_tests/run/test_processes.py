@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -32,12 +33,19 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=BOUND * np.abs(theirs[name]).max())
 
 
-@pytest.fixture
-def straight(tmp_path: Path) -> Path:
-    """The run of one process on one device."""
-    with started(settings(tmp_path), tmp_path / "straight", 1) as run:
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    with started(settings(folder), folder / "straight", 1) as run:
         assert run.codes() == [0], run.said(0)
     return run.run_dir
+
+
+@pytest.fixture
+def straight(straight_run: Path, tmp_path: Path) -> Path:
+    """The run of one process on one device; its settings, for others, in the test's folder."""
+    shutil.copy(straight_run.parent / "settings.toml", tmp_path)
+    return straight_run
 
 
 def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, straight: Path) -> None:
