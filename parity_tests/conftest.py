@@ -1,10 +1,14 @@
 """Shapes and types in the signatures of both models are checked at run time while tests run."""
 
+import functools
+import gc
 import os
 import shutil
 import signal
 import tempfile
 from pathlib import Path
+
+import pytest
 
 from parity_tests.harness.quick import quick_flags
 
@@ -14,11 +18,15 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Models here are small, and most of the time goes into compiling them. Speed is all these flags are about;
 # `python -m parity_tests.report` measures the same numbers without them.
 os.environ.setdefault("XLA_FLAGS", quick_flags())
+# JAX's traces are many small objects, and with both frameworks loaded a walk of Python's collector takes long.
+gc.set_threshold(10_000, 20, 50)
 # Several workers (`-n`) share the cores, one thread of torch's each. All set before either framework is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
+
+import parity_tests.support.annotations  # noqa: F401 (the hook finds it by its name)
 
 REPOSITORY = Path(__file__).parents[1]
 # `train` is an entry point: it speaks of protocols and paths, not of shapes.
@@ -29,7 +37,7 @@ CHECKED = [
     if file.stem != "train"
 ]
 
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook(CHECKED, "parity_tests.support.annotations.checked_once")
 
 
 def pytest_configure(config):
@@ -46,3 +54,21 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_takes_seconds_and_is_the_same():
+    """A run that begins takes the default text out of Python's own library, once here; one that ends draws its curves,
+    not at all: `test_plot.py` draws, and `test_a_run_of_each_framework`."""
+    from train.data import python_docs
+    from train.run import loop
+
+    def words_for_a_picture(run_dirs: list[Path], output: Path) -> Path:
+        output.write_text(f"curves of {run_dirs}")
+        return output
+
+    collected = functools.cache(lambda original=python_docs.python_documents: tuple(original()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_docs, "python_documents", lambda: iter(collected()))
+        patch.setattr(loop, "plot_runs", words_for_a_picture)
+        yield

@@ -17,8 +17,6 @@ from train.run.runlog import RunLog, read_metrics
 from train.shell import COMPLETE
 from train.state.resume import own_checkpoints
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def crash_at(stage: Stage, at_step: int) -> None:
     def before_step(step: int) -> None:

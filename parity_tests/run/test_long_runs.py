@@ -15,8 +15,6 @@ from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import UserError
 from train.shell import COMPLETE
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def test_more_extended_steps_go_on_from_a_complete_run(straight: Stage) -> None:
     assert straight.train(extended_steps=5) == COMPLETE

@@ -25,8 +25,6 @@ from train.run.scoring import fixed_size_parts
 from train.shell import COMPLETE, FAILED
 from train.state.card import model_card
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 def test_files_of_a_complete_run(straight: Stage) -> None:
     # Every 5 steps, at the end of the main phase (12) and once at the end, which is also a multiple of 5.

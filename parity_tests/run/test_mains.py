@@ -33,8 +33,6 @@ from train.run.runlog import read_metrics
 MAINS = {"flax": "train.flax_main", "torch": "torch_ref.train"}
 REPOSITORY = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -17,8 +17,6 @@ from torch_ref.spec.interface import StepResult
 from train.run.options import Options
 from train.shell import COMPLETE, FAILED
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class AheadBackend(FakeBackend):
     """Tells a result only when it is asked for, and keeps in which order that was."""

@@ -22,9 +22,6 @@ from train.shell import COMPLETE, FAILED
 LONG = {"steps": 45, "extended_steps": 5, "eval_interval": 0, "sample_interval": 0, "learning_rate": 1e-4}
 
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
 def told(losses: list[float], **changes: object) -> list[int]:
     """Numbers, from 1, of the losses at which the run counts as diverged."""
     progress, options = Progress(), small_options(**({"spike_factor": 2.0, "spike_steps": 3} | changes))

@@ -56,7 +56,7 @@ def test_rows_are_shared_out_once():
     assert [Processes(4, index).writes for index in range(4)] == [True, False, False, False]
 
 
-def test_only_the_first_process_writes_and_speaks(tmp_path: Path, no_pictures: None, capsys) -> None:
+def test_only_the_first_process_writes_and_speaks(tmp_path: Path, capsys) -> None:
     stage = Stage(tmp_path / "run")
     peer(stage, lambda asked: ())
     assert stage.train() == 0
@@ -66,9 +66,7 @@ def test_only_the_first_process_writes_and_speaks(tmp_path: Path, no_pictures: N
 
 
 @pytest.mark.parametrize(("ahead", "stops_at"), [(False, 6), (True, 7)])
-def test_a_signal_that_another_got_stops_at_the_step_that_all_know(
-    tmp_path: Path, no_pictures: None, ahead: bool, stops_at: int
-) -> None:
+def test_a_signal_that_another_got_stops_at_the_step_that_all_know(tmp_path: Path, ahead: bool, stops_at: int) -> None:
     """Each step asks once: where the device runs ahead, the answer is read a step later."""
     stage = Stage(tmp_path / "run")
     first = 1  # the first question, whether both see the same checkpoints, is asked before all steps
@@ -77,9 +75,7 @@ def test_a_signal_that_another_got_stops_at_the_step_that_all_know(
     assert backend.steps_done == stops_at and stage.files("checkpoints")[-1] == f"step_{stops_at}.npz"
 
 
-def test_a_checkpoint_by_the_clock_is_written_once_where_the_device_runs_ahead(
-    tmp_path: Path, no_pictures: None
-) -> None:
+def test_a_checkpoint_by_the_clock_is_written_once_where_the_device_runs_ahead(tmp_path: Path) -> None:
     """It is wished for until it is there, which is one answer longer than needed."""
     stage = Stage(tmp_path / "run")
     peer(stage, lambda asked: Wishes(save=1) if asked in (7, 8) else (), ahead=True)
@@ -94,7 +90,7 @@ def test_a_checkpoint_by_the_clock_is_written_once_where_the_device_runs_ahead(
 @pytest.mark.parametrize(
     ("wish", "code"), [({"time_is_up": 1}, 0), ({"unread": 1}, 141), ({"no_data": 1}, 2), ({"signal": 2}, 130)]
 )
-def test_every_wish_of_another_ends_the_run(tmp_path: Path, no_pictures: None, wish: dict, code: int) -> None:
+def test_every_wish_of_another_ends_the_run(tmp_path: Path, wish: dict, code: int) -> None:
     stage = Stage(tmp_path / "run")
     backend = peer(stage, lambda asked: Wishes(**wish) if asked >= 5 else ())
     assert stage.train() == code
