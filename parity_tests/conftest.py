@@ -18,8 +18,6 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Models here are small, and most of the time goes into compiling them. Speed is all these flags are about;
 # `python -m parity_tests.report` measures the same numbers without them.
 os.environ.setdefault("XLA_FLAGS", quick_flags())
-# JAX's traces are many small objects, and with both frameworks loaded a walk of Python's collector takes long.
-gc.set_threshold(10_000, 20, 50)
 # Several workers (`-n`) share the cores, one thread of torch's each. All set before either framework is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +41,7 @@ install_import_hook(CHECKED, "parity_tests.support.annotations.checked_once")
 def pytest_configure(config):
     """One cache of JAX's compiled programs for all workers, the processes they start, and the next session: JAX finds
     them by the program, its own version, its flags and the processor. `--cache-clear` begins anew."""
+    gc.set_threshold(10_000, 20, 50)  # JAX traces in small objects; a walk of all that both frameworks hold takes long
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests send it to their children
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ or "JAX_COMPILATION_CACHE_DIR" in os.environ:
