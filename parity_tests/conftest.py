@@ -59,8 +59,12 @@ def pytest_configure(config):
 def what_takes_seconds_and_is_the_same():
     """A run that begins takes the default text out of Python's own library, once here; one that ends draws its curves,
     not at all: `test_plot.py` draws, and `test_a_run_of_each_framework`."""
-    from train.data import python_docs
-    from train.run import loop
+    try:
+        from train.data import python_docs
+        from train.run import loop
+    except ModuleNotFoundError:  # an environment for some tests alone (`transformers_v4.sh`), where none of them trains
+        yield
+        return
 
     def words_for_a_picture(run_dirs: list[Path], output: Path) -> Path:
         output.write_text(f"curves of {run_dirs}")
