@@ -138,10 +138,8 @@ def test_any_command_line(argv: list[str]) -> None:
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.loop.plot_runs", lambda runs, picture: None)
-        stage = Stage(tmp_path_factory.mktemp("fuzz") / "run")
-        assert stage.train() == COMPLETE
+    stage = Stage(tmp_path_factory.mktemp("fuzz") / "run")
+    assert stage.train() == COMPLETE
     return stage.run_dir
 
 
@@ -182,8 +180,7 @@ def test_a_checkpoint_that_says_something_else(
     complete: Path, keys: tuple[str, ...], value: object, gone: bool
 ) -> None:
     """As another version, or a hand, might have written it: the run goes on, or refuses it by its name."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.run.loop.plot_runs", lambda runs, picture: None)
+    with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         shutil.copytree(complete, run, ignore=shutil.ignore_patterns("step_final*", "step_12*", "best", "*_final*"))
         path = run / "checkpoints/step_10.npz"

@@ -42,17 +42,18 @@ def both(pair: Pair, sizes: tuple[int, int]) -> Float[Array, " size"]:
 def test_what_is_right_passes_and_what_is_wrong_does_not_however_often_before(times):
     for _ in range(times):
         assert outer(zeros(2, 3), zeros(4)).shape == (2, 3, 4)
+        assert outer(zeros(2, 3), zeros(4), mode="right").shape == (2, 3, 4)
         assert outer(zeros(3), None).shape == (3, 1)
         assert both(Pair(zeros(3), zeros(3)), (1, 2)).shape == (3,)
-        with pytest.raises(TypeCheckError, match="parameters"):
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
             outer(zeros(2, 3, dtype="int32"), zeros(4))
-        with pytest.raises(TypeCheckError, match="parameters"):
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
             outer(zeros(2, 3), zeros(4, 1))
-        with pytest.raises(TypeCheckError, match="parameters"):
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
             outer(zeros(2, 3), zeros(4), mode="other")
-        with pytest.raises(TypeCheckError, match="return value"):
+        with pytest.raises(TypeCheckError, match="checking the return value"):
             outer(zeros(2, 3), zeros(4), mode="turned")
-        with pytest.raises(TypeCheckError, match="parameters"):
+        with pytest.raises(TypeCheckError, match="checking the parameters"):
             both(Pair(zeros(3), zeros(3)), (1, "2"))
 
 

@@ -1,8 +1,9 @@
 """The annotations of both packages, checked while tests run: beartype, asked once about calls that are alike.
 
 What an annotation here says of an argument is its type, its dtype and how its sizes go with those of the others, so a
-call with the types, dtypes and shapes of one that was right is right. torch calls its functions anew in every layer of
-every step, where checking each took a third of the time of 200 steps.
+call with the types, dtypes and shapes of one that was right is right. Only into lists and dicts it does not look, of
+which beartype, too, looks at a single item. torch calls its functions anew in every layer of every step, where checking
+each took a third of the time of 200 steps.
 """
 
 from __future__ import annotations
