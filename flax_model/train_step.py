@@ -63,7 +63,8 @@ def train_step(
         model = merge(graphdef, gathered_embedding(params, config, mesh), biases)
         return objective(model, inputs, targets, compute, target_count, sequence_count)
 
-    gradient = jax.grad(share, has_aux=True)
+    # `jit`: traced once for the shapes below and the scan, which is a third of the time before compiling begins.
+    gradient = jax.jit(jax.grad(share, has_aux=True), inline=True)
     if micro_batches == 1:
         gradients, parts = gradient(params, inputs[0], targets[0])
     else:

@@ -123,7 +123,8 @@ def _text(
     encoder.require_fit(state.model_config.vocab_size)
     tokens = [encoder.eot_id]
     with tempfile.TemporaryDirectory() as folder:
-        sources = [FileSource(pattern) for pattern in data] or [python_docs_source(Path(folder) / "python-docs.jsonl")]
+        sources = [FileSource(pattern, option="--data") for pattern in data]
+        sources = sources or [python_docs_source(Path(folder) / "python-docs.jsonl")]
         for document in itertools.chain.from_iterable(map(Reader, sources)):
             tokens += [*encoder.encode(document.text), encoder.eot_id]
             if len(tokens) > room:

@@ -30,7 +30,10 @@ def grouped_experts(
     remat: bool,
 ) -> Float[Tensor, "tokens hidden"]:
     """See `moe.experts_grouped`."""
-    run = _GroupedExperts.apply if _all_at_once(x, gate) else _one_by_one
+    if torch.compiler.is_compiling() and not _all_at_once(x, gate):
+        from torch_ref.uncompiled import one_by_one as run
+    else:
+        run = GroupedExperts.apply
     return run(x, chosen, weights, gate, up, down, remat)
 
 
@@ -45,13 +48,7 @@ def grouped_kernels_take(ffn: int, hidden: int) -> bool:
     return ffn % 8 == 0 and hidden % 8 == 0
 
 
-@torch.compiler.disable
-def _one_by_one(*operands):
-    """The experts where the host has to know how many rows each of them has: no part of a compiled layer."""
-    return _GroupedExperts.apply(*operands)
-
-
-class _GroupedExperts(torch.autograd.Function):
+class GroupedExperts(torch.autograd.Function):
     """One expert after the other, all three products of each while its activations are in the cache; or all experts at
     once, in grouped kernels (`_all_at_once`). The routing weight enters before the down projection, so the
     backward pass never needs the experts' outputs."""

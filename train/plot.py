@@ -11,19 +11,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import make_folder, user_path, write_errors
 from train.run.runlog import METRICS, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
+
+if TYPE_CHECKING:  # half of the time a command takes to start: imported where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 COLORS = ("#1f5fa8", "#d1495b", "#2e8b57", "#8e5aa8", "#c77c11", "#3d8f9c")
 STYLE = {
@@ -78,6 +78,9 @@ class Curves:
 def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
     """Draw the runs into one PNG and return its path. Raises `UserError` for a folder that is not a run's, and for a
     picture that cannot be written."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     runs = [Curves.read(run_dir) for run_dir in run_dirs]
     heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
     heights = [7.2, *(2.2 + 0.12 * len(run.steps[0]["expert_counts"]) for run in heat_maps)]
@@ -100,6 +103,8 @@ def require_png(option: str, path: Path) -> None:
 
 
 def _draw_curves(figure: SubFigure, runs: list[Curves]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     grid = figure.add_gridspec(2, 3, height_ratios=[2, 1])
     loss = figure.add_subplot(grid[0, :])
     rate, speed, norm = (figure.add_subplot(grid[1, column]) for column in range(3))

@@ -53,14 +53,19 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 Flags = TypeVar("Flags")
 
 
-def parse_flags(options: type[Flags] | Any, prog: str, argv: Sequence[str], **more: Any) -> Flags:
-    """A dataclass from the command line, by tyro (`more` are its arguments). Raises `UserError`; `--help` exits."""
+def parse_flags(
+    options: type[Flags] | Any, prog: str, argv: Sequence[str], config: Sequence[Any] = (), **more: Any
+) -> Flags:
+    """A dataclass from the command line, by tyro (`config` and `more` are its arguments). Raises `UserError`; `--help`
+    exits."""
     import tyro  # not needed where there is nothing to parse
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(options, prog=prog, args=list(argv), **more)
+            # Help is what stands below a field; to look for comments takes half of the time.
+            config = (tyro.conf.HelptextFromCommentsOff, *config)
+            parsed = tyro.cli(options, prog=prog, args=list(argv), config=config, **more)
             return with_user_paths(parsed) if isinstance(options, type) and not isinstance(parsed, tuple) else parsed
     except SystemExit as stop:
         if stop.code:

@@ -270,12 +270,14 @@ def test_a_reader_goes_back_where_it_is_told(tmp_path):
 
 def test_the_end_of_the_run_stops_a_long_search():
     class Endless:
+        option = "--dataset"
+
         def rows(self, state):
             return (Row("not wanted", f"line:{number}") for number in itertools.count())
 
     reader = Reader(Endless(), keep=lambda document: False)
     threading.Timer(0.2, reader.stop.set).start()
-    with pytest.raises(DataError, match="the run ends"):
+    with pytest.raises(DataError, match="^--dataset: .*the run ends"):
         reader.read(None, 1)
 
 

@@ -137,7 +137,12 @@ def test_a_text_that_unpacks_to_too_much_is_a_bad_row(tmp_path, monkeypatch, cap
     monkeypatch.setattr("train.data.formats.LONGEST_TEXT", 20)
     for name, text in (("a.txt.gz", "x" * 21), ("b.txt.gz", "y" * 20)):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
-    assert texts_of(FileSource(str(tmp_path))) == ["y" * 20]
+    source = FileSource(str(tmp_path))
+    assert texts_of(source) == ["y" * 20]
+    stream = source.rows(None)
+    next(stream)
+    (following,) = source.rows(stream.state())
+    assert following.value == b"y" * 20  # and the bad row is not told of again by a run that goes on
     (message,) = caplog.messages
     assert message.startswith("skipped a.txt.gz:1: unpacks to more than 0 MiB, too long for one document")
 
@@ -198,11 +203,12 @@ def test_bad_rows_are_named_and_spoil_no_other(name, content, texts, said, tmp_p
         ("a.arrow", b"text", "can't be read as arrow"),
         ("a.csv", b"id,body\n1,x\n", "--text-field text: "),
         ("a.csv", b"id;text\n1;x\n", "only id;text"),
+        ("a.csv", b'"id,text\n1,x\n', "--validation-dataset: "),
     ],
 )
 def test_files_that_cannot_be_rows_are_refused_with_the_cause(name, content, said, tmp_path):
     with pytest.raises(UserError) as error:
-        source_of(tmp_path, name, content)
+        source_of(tmp_path, name, content, option="--validation-dataset")
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -235,8 +241,8 @@ def test_a_compressed_file_that_ends_early_is_an_error_that_names_it(compress, t
     noise = json_lines([str(random.Random(number).random()) * 20 for number in range(5000)])
     suffix = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}.get(compress, "zst")
     content = compress(noise)
-    source = source_of(tmp_path, f"a.jsonl.{suffix}", content[: len(content) * 9 // 10])
-    with pytest.raises(UserError, match=f"reading failed .*a.jsonl.{suffix}: "):
+    source = source_of(tmp_path, f"a.jsonl.{suffix}", content[: len(content) * 9 // 10], option="--data")
+    with pytest.raises(UserError, match=f"^--data: reading failed .*a.jsonl.{suffix}: "):
         texts_of(source, retries=0)
 
 

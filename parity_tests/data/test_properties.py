@@ -37,7 +37,7 @@ class ListSource:
     texts: list[str]
 
     def __post_init__(self):
-        self.identity = {"text_field": "text"}
+        self.identity, self.option = {"text_field": "text"}, "--dataset"
 
     def rows(self, state):
         return ListStream(self.texts, state["row"] if state else 0)

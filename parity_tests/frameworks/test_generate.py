@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.decoding import bucket, draw_uniforms, pad_prompts
 from torch_ref.spec.interface import Sampling, UserError
 
+REPOSITORY = Path(__file__).parents[2]
 BOUNDS = {"float64": 1e-12, "float32": 1e-5}
 MODELS = {"latent queries": CONFIG, "plain queries": replace(CONFIG, q_lora_rank=None)}
 ALL_DENSE = replace(CONFIG, first_k_dense=CONFIG.num_layers)
@@ -441,3 +445,24 @@ def test_uniforms():
     np.testing.assert_array_equal(draw_uniforms(3, 1, 10_000), numbers[:1])
     assert abs(np.corrcoef(numbers)[0, 1]) < 0.05 and abs(numbers.mean() - 0.5) < 0.01
     assert not np.array_equal(draw_uniforms(4, 1, 10_000), numbers[:1])
+
+
+def test_decoding_in_torch_loads_no_compiler():
+    """It would take a second of each start."""
+    pytest.importorskip("torch")
+    code = """
+import sys
+import torch
+from parity_tests.harness.cases import CONFIG
+from torch_ref.generate import generate
+from torch_ref.model import Model
+from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.interface import Sampling
+from torch_ref.spec.parameters import initial_values
+model = Model(CONFIG, dtype=torch.float32).load_values(initial_values(CONFIG, 0))
+compute = ComputeConfig(attention="sdpa", moe="grouped")
+said = generate(model, [[1, 2]], Sampling(max_new_tokens=3, stop_token=None), 0, compute)
+print(len(said[0]), "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout == "3 False\n", done.stderr

@@ -40,13 +40,13 @@ def _():
 
 @mutation("weight gradients of two experts swapped", "gradient", "layers.2.mlp.experts.down_proj")
 def _():
-    original = grouped_experts._GroupedExperts.backward
+    original = grouped_experts.GroupedExperts.backward
 
     def swapped(ctx, upstream):
         *others, d_down, remat = original(ctx, upstream)
         return *others, d_down[[1, 0, *range(2, CONFIG.n_routed_experts)]], remat
 
-    return mock.patch.object(grouped_experts._GroupedExperts, "backward", staticmethod(swapped))
+    return mock.patch.object(grouped_experts.GroupedExperts, "backward", staticmethod(swapped))
 
 
 def hidden_gradient(hook: Callable) -> AbstractContextManager:

@@ -295,11 +295,11 @@ def test_trajectory_differences() -> None:
     assert "--num-layers was 30, now 4" in found and "--rope-theta" not in " ".join(found)
 
 
-def test_settings_need_neither_framework() -> None:
+def test_settings_need_no_framework_and_nothing_to_draw_with() -> None:
     code = (
         "import sys, train.run.launch, train.plot, train.runs, train.flax_main, torch_ref.train\n"
         "from train.command_line import parse; parse(['--preset', 'tiny'], 'prog')\n"
-        "assert not {'torch', 'jax', 'flax'} & set(sys.modules)"
+        "assert not {'torch', 'jax', 'flax', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

@@ -74,7 +74,7 @@ class FailingSource:
 
     def __init__(self, source: Source, rows: int, failures: int, lasting: bool = False):
         self.source, self.rows_given, self.failures, self.lasting = source, rows, failures, lasting
-        self.identity = source.identity
+        self.identity, self.option = source.identity, source.option
         self.opened = 0
 
     def rows(self, state: dict | None) -> Stream:

@@ -27,8 +27,6 @@ LONGEST_WAIT = 60.0
 
 DIGEST_BITS = 64
 
-_GIVEN_UP = "--dataset: reading was given up, because the run ends"
-
 
 class DataError(UserError):
     """The data cannot be read on, after all attempts. The loop saves a checkpoint and ends cleanly."""
@@ -129,7 +127,7 @@ class Reader:
                 self.close()
                 if attempt == self.retries:
                     tries = f"after {attempt + 1} attempts" if attempt else "(no retries)"
-                    raise DataError(f"--dataset: reading failed {tries}: {in_one_line(error)}") from error
+                    raise DataError(f"{self.source.option}: reading failed {tries}: {in_one_line(error)}") from error
                 wait = min(self.wait * 2**attempt, LONGEST_WAIT)
                 log.warning(
                     "reading failed (%s); attempt %d of %d in %.3g s, from the same position",
@@ -139,8 +137,11 @@ class Reader:
                     wait,
                 )
                 if self.stop.wait(wait):
-                    raise DataError(_GIVEN_UP) from error
+                    raise self._given_up() from error
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _given_up(self) -> DataError:
+        return DataError(f"{self.source.option}: reading was given up, because the run ends")
 
     def _read(self, state: dict | None, count: int) -> tuple[list[Document], dict | None]:
         if self._stream is None or self._position != state:
@@ -149,7 +150,7 @@ class Reader:
         documents: list[Document] = []
         for row in self._stream:
             if self.stop.is_set():
-                raise DataError(_GIVEN_UP)
+                raise self._given_up()
             row = Row(row.value, self._label + row.place)
             document = as_document(row, self.rules)
             if isinstance(document, Bad):

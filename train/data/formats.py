@@ -97,6 +97,8 @@ def text_reader(document_bytes: int) -> Callable[[Path, str, int, int], FileRows
     """Reads text files, each as one row, or in pieces of at most `document_bytes` if that is not 0."""
 
     def read(file: Path, text_field: str, row: int, byte: int) -> FileRows:
+        if byte and not document_bytes:
+            return
         bound = document_bytes or (LONGEST_TEXT + 1 if file.suffix.lower() in COMPRESSIONS else -1)
         with open_bytes(file, byte) as stream:
             left = b""
@@ -104,7 +106,8 @@ def text_reader(document_bytes: int) -> Callable[[Path, str, int, int], FileRows
                 left = b""
                 if not document_bytes and bound > 0 and len(piece) == bound:
                     size = f"unpacks to more than {LONGEST_TEXT >> 20} MiB"
-                    yield Bad(f"{size}, too long for one document: --document-bytes cuts it"), row + 1, row + 1, byte
+                    reason = f"{size}, too long for one document: --document-bytes cuts it"
+                    yield Bad(reason), row + 1, row + 1, len(piece)
                     return
                 if document_bytes and len(piece) == document_bytes and stream.peek(1):
                     cut = cut_point(piece)
@@ -221,14 +224,14 @@ def _csv_reader(lines: CountedLines, file: Path) -> Iterator[list[str]]:
     return csv.reader(lines, delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
 
 
-def csv_columns(file: Path) -> tuple[list[str], CountedLines]:
-    """The names in the first line, and where it ends."""
+def csv_columns(file: Path, option: str = "--dataset") -> tuple[list[str], CountedLines]:
+    """The names in the first line, and where it ends. Raises `UserError` if it holds none."""
     with open_bytes(file) as stream:
         lines = CountedLines(stream)
         try:
             names = next(_csv_reader(lines, file), [])
         except csv.Error as error:
-            raise UserError(f"--dataset: {file}: its first line holds no names of columns: {error}") from error
+            raise UserError(f"{option}: {file}: its first line holds no names of columns: {error}") from error
     return [name.removeprefix("\ufeff") for name in names], lines
 
 
@@ -357,7 +360,7 @@ def _check_lines(file: Path, kind: str, text_field: str, head: bytes, option: st
     if encoding := foreign_encoding(head):
         raise UserError(f"{option}: {file} is {_not_utf8(encoding)}")
     if kind in (".csv", ".tsv"):
-        names, _ = csv_columns(file)
+        names, _ = csv_columns(file, option)
         if text_field not in names:
             raise UserError(f"--text-field {text_field}: {file} has no such column, only {', '.join(names)}")
         return

@@ -54,6 +54,8 @@ def open_hub(name: str, config: str | None, revision: str | None, text_field: st
 class HubSource:
     """Rows of a streamed `datasets.IterableDataset`; the position is its own state, and the rows given so far."""
 
+    option = "--dataset"
+
     def __init__(self, dataset: Any, name: str, config: str | None, revision: str | None, text_field: str):
         features = dataset.features
         if features is not None:

@@ -55,6 +55,8 @@ class Stream(Protocol):
 class Source(Protocol):
     identity: dict
     """What makes the rows and their order what they are (see `compare_identity`)."""
+    option: str
+    """The option that names it, for messages."""
 
     def rows(self, state: dict | None) -> Stream:
         """One epoch's rows from a position on; None is the start."""
@@ -87,7 +89,7 @@ class FileSource:
         option: str = "--dataset",
     ):
         found = find_files(pattern, lambda file: has_text_field(file, text_field), without, former, option)
-        self.root, self.files, self.text_field = found.root, found.files, text_field
+        self.root, self.files, self.text_field, self.option = found.root, found.files, text_field, option
         if former:
             document_bytes = FORMER_DOCUMENT_BYTES
         self.readers = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.storage import write_errors
@@ -102,6 +101,8 @@ def suggestion(rates: list[float], losses: list[float]) -> float:
 
 
 def draw(rates: list[float], losses: list[float], rate: float, picture: Path) -> None:
+    from matplotlib.figure import Figure  # see `plot.py`
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(rates, losses, color="#9db7d5", linewidth=1, label="loss")

@@ -162,7 +162,8 @@ class Stages:
 
     def tokens_of(self, dataset: str) -> list[int]:
         """The first tokens of a text, documents whole but the last."""
-        source = open_source(dataset, None, None, self.options.text_field, self.work.folder / "measured", False)
+        folder, option = self.work.folder / "measured", "--also-measure"
+        source = open_source(dataset, None, None, self.options.text_field, folder, False, option=option)
         tokens = [self.tokenizer.eot_id]
         for document in Reader(source):
             tokens += [*self.tokenizer.encode(document.text), self.tokenizer.eot_id]
