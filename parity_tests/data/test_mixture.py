@@ -11,8 +11,8 @@ import pytest
 from parity_tests.support.data import make_texts, write_json_lines, write_parquet, write_tokenizer
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.corpus import compare_identity
-from train.data.feed import HELD_OUT, open_data
-from train.data.options import DataOptions
+from train.data.feed import open_data
+from train.data.options import HELD_OUT, DataOptions
 
 TEXTS = {"a": make_texts(90, seed=1), "b": make_texts(25, seed=2), "c": make_texts(40, seed=3)}
 

@@ -250,7 +250,9 @@ def test_a_run_that_goes_on_from_another_takes_its_data_along(tmp_path):
     first = open_data(options, run, resume=True)
     straight = take(first, 6)
     assert "rules" not in first.identity
-    assert take_along(run, other) and not take_along(run, other) and not take_along(tmp_path, tmp_path / "third")
+    other.mkdir()
+    (other / "data.json").write_text("{}")  # of a start that was refused
+    assert take_along(run, other) and not take_along(tmp_path, tmp_path / "third")
     second = open_data(options, other, resume=True)
     assert compare_identity(first.identity, second.identity) == []
     assert hashes(take(second, 2, straight[3].cursor)) == hashes(straight[4:])
@@ -268,6 +270,13 @@ def test_other_data_is_told_from_the_identity(make_data):
     assert compare_identity(data.identity, make_data(batch_size=1, prefetch=1).identity) == []
     differences = compare_identity(data.identity, make_data(tokenizer="bpe").identity)
     assert [message.split()[0] for _, message in differences] == ["tokenizer"]
+
+
+def test_what_judges_a_state_is_told_by_its_rows(make_data):
+    data = make_data()
+    assert data.judged_by.startswith("held-out ") and data.judged_by == make_data(batch_size=1).judged_by
+    assert make_data(validation_rows=1).judged_by not in (data.judged_by, None)
+    assert make_data(validation_rows=0).judged_by is None
 
 
 def test_a_changed_bound_makes_new_validation_rows(make_data, tmp_path):

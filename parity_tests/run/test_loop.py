@@ -17,6 +17,7 @@ from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from train.data.feed import Validation
+from train.plot import plot_runs
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
@@ -205,6 +206,24 @@ def test_missing_final_weights_of_a_complete_run_are_written(straight: Stage) ->
     assert straight.backend.saves == []
 
 
+def test_final_weights_of_a_shorter_run_are_not_those_of_a_longer_one(straight: Stage) -> None:
+    former = np.load(straight.run_dir / "deepseek_final.npy")
+    straight.prepare(small_options(extended_steps=4))
+    run = straight.start()
+
+    def killed(run_dir: Path, backend: FakeBackend) -> Path:
+        raise KeyboardInterrupt
+
+    run.write_weights = killed
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert straight.files("checkpoints")[-1] == "step_final_16.npz"  # the longer run's last one is there
+    straight.prepare(small_options(extended_steps=4))
+    assert straight.train() == COMPLETE
+    weights = np.load(straight.run_dir / "deepseek_final.npy")
+    assert np.array_equal(weights, straight.backend.state().weights["weights"]) and not np.array_equal(weights, former)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -251,6 +270,41 @@ def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:
     # Started again, it goes on from its own checkpoints.
     assert stage.train(resume_from=older, extended_steps=4) == COMPLETE
     assert stage.data.given == [15]
+
+
+def test_a_checkpoint_that_is_not_gone_on_from_is_named(
+    straight: Stage, stage: Stage, capsys: pytest.CaptureFixture
+) -> None:
+    older = straight.run_dir / "checkpoints" / "step_5.npz"
+    assert stage.train(resume_from=older) == COMPLETE and "not from" not in stage.text
+    said = f"(not from --resume-from {older}: the folder has checkpoints of its own)"
+    assert stage.train(resume_from=older, extended_steps=4) == COMPLETE and said in stage.text
+    assert stage.train(resume_from=older, extended_steps=4) == COMPLETE and said in capsys.readouterr().out
+    assert stage.train(resume_from=stage.run_dir, extended_steps=4) == COMPLETE
+    assert "not from" not in capsys.readouterr().out
+
+
+def test_a_run_that_ends_without_a_step_ends_as_it_does(
+    straight: Stage, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to draw then."""
+    monkeypatch.setattr("train.run.loop.plot_runs", plot_runs)
+    newest = straight.run_dir / "checkpoints" / "step_final_15.npz"
+    assert stage.train(resume_from=newest) == COMPLETE
+    assert "The run is complete: 15 steps" in stage.text and (stage.run_dir / "deepseek_final.npy").exists()
+    assert stage.losses() == [] and "no step has been logged yet" in stage.text
+
+
+def test_a_state_is_the_best_by_the_same_rows(stage: Stage) -> None:
+    """Losses of other rows are not compared with it."""
+    stage.backend.validation_losses = lambda step: 1.0
+    assert stage.train() == COMPLETE and stage.files("best") == ["step_4.npz"]
+    stage.prepare(small_options(extended_steps=8))
+    stage.backend.validation_losses = lambda step: 2.0
+    stage.data.judged_by = "three rows"
+    assert stage.train() == COMPLETE
+    assert "Warning: changed since the checkpoint: the rows that decide which state is the best" in stage.text
+    assert stage.files("best") == ["step_16.npz"] and stage.records("validation")[-1]["stale_validations"] == 1
 
 
 def test_keep_checkpoints_keeps_the_latest_and_the_best(stage: Stage) -> None:

@@ -167,6 +167,7 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--dataset-weights", "0"], "--dataset-weights 0.0: each must be a number above 0"),
         (["--text-field", "a", "--text-field", "b"], "--text-field: 2 for 1 --dataset"),
         (["--validation-dataset", "a/b=c"], "--validation-dataset a/b=c: must be NAME=FILES"),
+        (["--validation-dataset", "held-out=c"], "--validation-dataset held-out=c: must be NAME=FILES"),
         (
             ["--validation-dataset", "a=b", "--validation-dataset", "a=c"],
             "--validation-dataset a=c: must be NAME=FILES",

@@ -21,7 +21,8 @@ from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, OptimizerConfig, Sampling, StepResult, TrainingState, UserError
 from torch_ref.spec.processes import ALONE, agree_alone
 from train.data.corpus import DataError
-from train.data.feed import HELD_OUT, Validation
+from train.data.feed import Validation
+from train.data.options import HELD_OUT
 from train.data.packing import Rows
 from train.run.options import Options
 
@@ -215,6 +216,7 @@ class FakeData:
         self.bad_rows = 0
         self.notes: list[str] = []
         self.validations = {HELD_OUT: Validation(self.validation, self.validation_bytes)}
+        self.judged_by = "five rows"
         self.fails_at: int | None = None
         """Number (from 0) of the batch that cannot be read."""
         self.given: list[int] = []

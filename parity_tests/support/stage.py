@@ -26,8 +26,11 @@ class Stage:
     def train(self, **changes: object) -> int:
         if changes:
             self.prepare(small_options(**changes))
+        return self.start().train()
+
+    def start(self) -> Run:
         self.run_dir.mkdir(exist_ok=True)
-        return Run(self.options, self.run_dir, self.backend, self.data, write_weights).train()
+        return Run(self.options, self.run_dir, self.backend, self.data, write_weights)
 
     def records(self, kind: str) -> list[dict]:
         return [record for record in read_metrics(self.run_dir) if record["kind"] == kind]

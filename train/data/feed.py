@@ -22,7 +22,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import read_json, write_whole
 from train.data.chat import FORMER, PLAIN, ChatFormat, TextRules
 from train.data.corpus import BadRows, Document, Reader, held_out_below, open_source
-from train.data.options import DataOptions
+from train.data.options import HELD_OUT, DataOptions
 from train.data.packing import Rows, pack, require_fit, rows_of
 from train.data.prefetch import Prefetcher
 from train.data.python_docs import PYTHON_DOCS
@@ -40,9 +40,6 @@ begun before go on by the rules they began with."""
 
 VALIDATION_FILE = "validation.npz"
 """In the run folder: the held-out rows."""
-
-HELD_OUT = "held-out"
-"""Name of the validation on documents of the datasets themselves."""
 
 
 class Kept(NamedTuple):
@@ -125,6 +122,11 @@ class Data:
     def bad_rows(self) -> int:
         """Rows without usable text met so far."""
         return len(self._bad_rows)
+
+    @property
+    def judged_by(self) -> str | None:
+        """The name and a hash of the rows that decide which state is the best; None if there are none."""
+        return next((f"{name} {_hash_of(validation.rows)}" for name, validation in self.validations.items()), None)
 
     def batches(self, cursor: dict | None = None) -> Prefetcher:
         """Batches without end from a position on (None: the start), made ahead by a thread. Close it when done."""
@@ -326,9 +328,9 @@ def open_data(options: DataOptions, folder: Path, resume: bool = False) -> Data:
 
 
 def take_along(run: Path, folder: Path) -> bool:
-    """Copy what a run keeps of its data to the folder of one that goes on from it, unless that has it; whether it did.
-    Its revision on the Hub, its tokenizer and its Python's documentation may not be had again."""
-    if (folder / KEPT_FILE).exists() or not (run / KEPT_FILE).is_file():
+    """Copy what a run keeps of its data to the folder of one that goes on from it and has not begun; whether there was
+    something. Its revision on the Hub, its tokenizer and its Python's documentation may not be had again."""
+    if not (run / KEPT_FILE).is_file():
         return False
     for name in (KEPT_FILE, VALIDATION_FILE, f"{PYTHON_DOCS}.jsonl", CONFIG_FILE, "tokenizer.json"):
         if (run / name).is_file():

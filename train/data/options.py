@@ -10,6 +10,8 @@ from typing import NamedTuple
 from torch_ref.spec.interface import UserError
 from train.settings import Repeated, trajectory
 
+HELD_OUT = "held-out"
+"""Name of the validation on documents of the datasets themselves."""
 VALIDATION_NAME = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
@@ -101,13 +103,14 @@ class DataOptions(CorpusOptions):
 
 
 def named_files(values: Sequence[str]) -> dict[str, str]:
-    """`NAME=FILES` apart. Raises `UserError` for what is not that, or a name given twice."""
+    """`NAME=FILES` apart. Raises `UserError` for what is not that, or a name that is given twice or taken."""
     files: dict[str, str] = {}
     for value in values:
         match = VALIDATION_NAME.fullmatch(value)
-        if not match or match[1] in files:
+        if not match or match[1] in (*files, HELD_OUT):
             raise UserError(
-                f"--validation-dataset {value}: must be NAME=FILES, a name of letters, digits, . _ - for each once"
+                f"--validation-dataset {value}: must be NAME=FILES, a name of letters, digits, . _ - for each once, "
+                f"other than {HELD_OUT}"
             )
         files[match[1]] = match[2]
     return files

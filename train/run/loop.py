@@ -27,7 +27,8 @@ from pathlib import Path
 from torch_ref.spec.interface import Backend, StepResult, UserError
 from torch_ref.spec.storage import first_line, write_whole
 from train.data.corpus import DataError
-from train.data.feed import HELD_OUT, Data
+from train.data.feed import Data
+from train.data.options import HELD_OUT
 from train.data.packing import Batch
 from train.plot import plot_runs
 from train.run import endings
@@ -39,7 +40,7 @@ from train.run.measures import step_measures
 from train.run.options import Options
 from train.run.overview import overview, phase_line, require_disk
 from train.run.progress import Progress
-from train.run.runlog import RunLog, SilentLog, heard
+from train.run.runlog import RunLog, SilentLog, heard, last_word
 from train.run.saving import Saver
 from train.run.scoring import score
 from train.run.signals import CLOSED_PIPE, Stop, StopSignals
@@ -98,6 +99,8 @@ class Run:
         self.progress = Progress()
         self.changes: list[str] = []
         self.saved_step: int | None = None
+        self.resumed: Path | None = None
+        """The checkpoint that this start goes on from."""
         self.begun: BegunStep | None = None
         """The step that the device may still be at, and nothing was said of yet."""
         self.step_ended = 0.0
@@ -109,8 +112,8 @@ class Run:
         started again and goes on from its latest checkpoint."""
         with heard() as before_the_log:
             origin = self.begin()
-        if self.finished and self.saved_step == self.step and any(self.run_dir.glob(f"{FINAL_WEIGHTS}.*")):
-            print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}.")
+        if self.complete:
+            print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}{self.passed_over}.")
             return COMPLETE
 
         with self.open_log() as self.log, self.signals:
@@ -177,6 +180,22 @@ class Run:
         return self.step >= self.options.total_steps or self.stopped_early
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do. That the final weights are there does not say so: they may be those of a
+        shorter run, which was then extended; the log's last word is said after they were written."""
+        if not (self.finished and self.saved_step == self.step and any(self.run_dir.glob(f"{FINAL_WEIGHTS}.*"))):
+            return False
+        return last_word(self.run_dir) == endings.complete(self.outcome).state
+
+    @property
+    def passed_over(self) -> str:
+        """In words, if what `--resume-from` names is not what the run goes on from."""
+        asked, taken = self.options.resume_from, self.resumed
+        if asked is None or taken is None or taken.resolve().is_relative_to(asked.resolve()):
+            return ""
+        return f" (not from --resume-from {asked}: the folder has checkpoints of its own)"
+
+    @property
     def stopped_early(self) -> bool:
         return 0 < self.options.patience <= self.progress.stale_validations
 
@@ -207,8 +226,8 @@ class Run:
         if own and self.options.resume_from:
             refuse_to_go_back(self.options.resume_from, own)
         if own or self.options.resume_from:
-            checkpoint = self._restore(own)
-            return f"Resuming from {checkpoint} at step {self.step}"
+            self.resumed = self._restore(own)
+            return f"Resuming from {self.resumed} at step {self.step}{self.passed_over}"
         if self.options.init_from:
             self.backend.load_state(read_start(self.options.init_from, self.options.model))
             return f"Starting from the weights of {self.options.init_from}"
@@ -225,6 +244,10 @@ class Run:
             identity = self.data.identity
             self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
             self.progress = Progress.stored(meta["progress"])
+            before, now = meta.get("judged_by"), self.data.judged_by
+            if before and now and before != now:
+                self.changes.append("the rows that decide which state is the best, which is looked for anew")
+                self.progress.forget_best()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{checkpoint}: what it says of its run is not as this version writes it ({first_line(error)}); take "
@@ -403,6 +426,7 @@ class Run:
             "options": self.options.to_dict(),
             "automatic": list(self.automatic),
             "data": self.data.identity,
+            "judged_by": self.data.judged_by,
             "progress": dataclasses.asdict(self.progress) | progress,
         }
 
@@ -481,6 +505,9 @@ class Run:
         self.log.end(self.step, ending.state)
         self.log.say(ending.message)
         if self.step and self.writes:
-            picture = plot_runs([self.run_dir], self.run_dir / "plot.png")
-            self.log.say(f"Curves drawn to: {picture}")
+            try:
+                picture = plot_runs([self.run_dir], self.run_dir / "plot.png")
+                self.log.say(f"Curves drawn to: {picture}")
+            except UserError as error:  # the run ended as it did
+                self.log.warn(f"no curves are drawn: {error}")
         return ending.code

@@ -38,7 +38,7 @@ class RunOptions:
     run_dir: Path | None = None
     """Folder of the run. Default: runs/<preset>-<framework>. A run found there goes on from its latest checkpoint."""
     resume_from: Path | None = None
-    """Go on from this checkpoint instead of the run folder's latest."""
+    """Begin from this checkpoint, in a run folder that has none of its own yet."""
     init_from: Path | None = None
     """Start from these weights (a weights file, an exported or a converted folder), whose model sizes come along."""
     allow_changed_settings: bool = False

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch_ref.spec.interface import Backend, UserError
 from torch_ref.spec.parameters import count_active_parameters, count_parameters
 from torch_ref.spec.storage import size_in_words
-from train.data.feed import HELD_OUT, Data
+from train.data.feed import Data
+from train.data.options import HELD_OUT
 from train.run.options import Options
 
 

@@ -59,6 +59,10 @@ class Progress:
             self.stale_validations += 1
         return better
 
+    def forget_best(self) -> None:
+        """For where losses from here on are of other text."""
+        self.best_loss, self.best_step, self.stale_validations = None, 0, 0
+
 
 def _is(value: Any, kind: Any) -> bool:
     """Whether a JSON value is of a kind, one of a field above."""

@@ -302,6 +302,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [record for _, record in records if record is not None]
 
 
+def last_word(run_dir: Path) -> str | None:
+    """The state that a run's last start ended in; None if it did not come to an end, or its log is gone."""
+    try:
+        *_, last = read_metrics(run_dir)
+    except (UserError, ValueError):
+        return None
+    return last.get("state") if last["kind"] == "end" else None
+
+
 NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens_seen", "applied")
 """Fields that hold a number or null, of records that have them."""
 
