@@ -40,6 +40,7 @@ from train.data.packing import Rows, rows_of
 from train.data.python_docs import python_docs_source
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer
+from train.run.launch import settle
 from train.shell import shell
 from train.state.card import PARITY_BEGIN, VERDICT, parity_section
 from train.state.neutral import copy_run_files
@@ -291,6 +292,7 @@ def measure_training(checked: Checked, steps: int, report: Report, say: Callable
     if state.first_moment is None or run is None or not (run / "settings.toml").is_file():
         raise UserError(f"--steps: {checked.name} is no training state in a run folder; give a run folder")
     options = command_line.parse(["--config", str(run / "settings.toml")], "python -m parity_tests.check")
+    options = settle(options, "float64", None)
     with tempfile.TemporaryDirectory() as folder:
         copy_run_files(run, Path(folder))
         with closing(open_data(options.data, Path(folder), resume=True).batches(state.meta["progress"]["cursor"])) as b:

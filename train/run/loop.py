@@ -269,7 +269,9 @@ class Run:
         self._announce_phase()
 
     def _write_settings(self) -> None:
-        write_whole(self.run_dir / "settings.toml", self.options.to_toml().encode())
+        """What `auto` chose for this device stays `auto`: the file may be read on another."""
+        asked = dataclasses.replace(self.options, **dict.fromkeys(self.automatic, "auto"))
+        write_whole(self.run_dir / "settings.toml", asked.to_toml().encode())
 
     def _announce_phase(self) -> None:
         if self.step < self.options.total_steps:
