@@ -126,9 +126,10 @@ def renew(report: Report, repository: Path) -> None:
     readme.write_text(replace_between_markers(readme.read_text(), table))
     (repository / "docs").mkdir(exist_ok=True)
     (repository / "docs" / "mutations.md").write_text(
-        "# Planted faults\n\nA check that cannot fail proves nothing. Each fault below is planted in the torch side, "
-        "one at a time, and the ladder is climbed until a measurement is beyond its bound; the table says which one "
-        "that is. `parity_tests/parity/test_mutations.py` requires that it is the one where the fault was planted.\n\n"
+        "# Planted faults\n\nA check that cannot fail proves nothing. Each fault below is planted in the torch side "
+        "(those of the rung `devices` in Flax), one at a time, and the ladder is climbed until a measurement is beyond "
+        "its bound; the table says which one that is. `parity_tests/parity/test_mutations.py` and "
+        "`test_parity_devices.py` require that it is the one where the fault was planted.\n\n"
         "This file is written by `python -m parity_tests.report --readme`.\n\n"
         f"{faults_table(report)}\n"
     )
@@ -282,7 +283,7 @@ def _faults(report: Report) -> str:
             f'<tr class="{seen}"><th>{escape(fault.name)}</th><td>{rung}</td><td>{where}</td><td>{error}</td></tr>'
         )
     return (
-        "<section><h2>Planted faults</h2><p>Each is planted in the torch side alone; the ladder must catch it, and "
+        "<section><h2>Planted faults</h2><p>Each is planted in one side alone; the ladder must catch it, and "
         'name the place.</p><div class="scroll"><table class="faults"><thead><tr><th>fault</th><th>caught by</th>'
         f"<th>shows first at</th><th>error</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
