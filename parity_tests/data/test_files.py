@@ -122,10 +122,10 @@ def test_a_home_folder_in_every_path(home):
     train_tokenizer(["at home"], 300).save(home / "tokenizer")
     assert [document.text for document in Reader(FileSource("~/texts/*.txt"))] == ["at home"]
     assert load_tokenizer("~/tokenizer").vocab_size > 256
-    (home / "settings.toml").write_text('resume_from = "~/runs/x"\nsteps = 7\n')
-    options = command_line.parse(["--config=~/settings.toml", "--run-dir=~/runs/y"], "test")
-    assert (options.steps, options.resume_from, options.run_dir) == (7, home / "runs/x", home / "runs/y")
-    assert options.config == home / "settings.toml"
+    (home / "settings.toml").write_text('run_dir = "~/runs/x"\nsteps = 7\n')
+    options = command_line.parse(["--config=~/settings.toml"], "test")
+    assert (options.steps, options.run_dir, options.config) == (7, home / "runs/x", home / "settings.toml")
+    assert command_line.parse(["--run-dir=~/runs/y"], "test").run_dir == home / "runs/y"
 
 
 def test_a_home_folder_given_to_the_other_commands(home, capsys):

@@ -297,6 +297,27 @@ def test_init_from_brings_the_model_sizes(tmp_path):
         command_line.parse(["--init-from", "nowhere"], "train")
 
 
+def test_init_from_brings_the_tokenizer_wherever_it_lies(tmp_path):
+    """A token is a row of the embedding: weights with another tokenizer mean other text."""
+    pytest.importorskip("torch")
+    run, state, weights = (tmp_path / name for name in ("run", "state", "run/weights"))
+    make_run(run, "torch")
+    convert(run, state, "neutral")
+    write_state(tmp_path / "weights alone", TrainingState(CONFIG, random_state(7).weights), run)
+    convert(tmp_path / "weights alone", weights, "torch")  # a folder with a tokenizer of its own, in that of a run
+    (run / "deepseek_final.pt").write_bytes((weights / "deepseek_final.pt").read_bytes())
+    places = {
+        run: run,
+        run / "deepseek_final.pt": run,
+        run / "checkpoints/step_5.pt": run,
+        state: state / RUN,
+        weights / "deepseek_final.pt": weights,
+    }
+    for start, expected in places.items():
+        options = command_line.parse(["--preset", "tiny", "--seq-len", "16", "--init-from", str(start)], "train")
+        assert options.tokenizer == str(expected), start
+
+
 # The command
 
 

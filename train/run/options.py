@@ -40,7 +40,7 @@ class RunOptions:
     resume_from: Path | None = None
     """Go on from this checkpoint instead of the run folder's latest."""
     init_from: Path | None = None
-    """Start from these weights (a weights file, an exported or a converted folder), whose model sizes come along."""
+    """Start from these weights (a file, an exported or a converted folder), whose sizes and tokenizer come along."""
     allow_changed_settings: bool = False
     """Resume although settings or data that shape the trajectory differ from the checkpoint's."""
     find_lr: bool = False
