@@ -3,6 +3,7 @@
     python -m train.plan --preset smol-774m --gpus 1x1x8 --device h100 --price 2.5
     python -m train.plan --preset smol-774m --gpus 1x4x8 --device a100 --mesh data=4,fsdp=8 --batch-size 256
     python -m train.plan --preset small --device cpu --framework torch
+    python -m train.plan --resume-from runs/x --gpus 1x1x8
 
 Takes every setting of training (`python -m train.flax_main --help`), of which batch, lengths, precision, mesh and steps
 count, and `--config FILE` too; but `--device` and `--compile` mean other things here. Prints parameters, arithmetic,
