@@ -362,3 +362,5 @@ def test_where_a_run_starts_may_stand_in_a_file(tmp_path: Path, monkeypatch: pyt
     assert (options.learning_rate, options.tokenizer, options.warmup_steps) == (0.5, "bpe", 7)
     options = read("--config", str(file), "--resume-from", str(tmp_path / "state 2"))
     assert (options.resume_from, options.seed) == (tmp_path / "state 2", 2)
+    # Its learning rate goes on: a sweep would come to nothing, and unsaid.
+    assert "--find-lr: a run that goes on by --resume-from keeps" in refusal("--config", str(file), "--find-lr")
