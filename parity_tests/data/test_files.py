@@ -58,6 +58,21 @@ def test_a_dataset_repository_gives_its_rows_and_says_the_rest(tmp_path):
     assert ".git" not in left_out
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.json.gz", gzip.compress(LINE, mtime=0)[:-12], "b.json.gz can't be read as json.gz: EOFError"),
+        ("b.json.gz", LINE, "b.json.gz can't be read as json.gz: BadGzipFile"),
+        ("b.json", '{"text": "x"}\n'.encode("utf-16"), "b.json is UTF-16, not UTF-8: convert it"),
+    ],
+    ids=["cut short", "no archive", "UTF-16"],
+)
+def test_a_damaged_file_of_a_folder_is_not_left_out(name, content, said, tmp_path):
+    write(tmp_path, **{"a.jsonl": LINE, name: content})
+    with pytest.raises(UserError, match=f"--data: .*{said}"):
+        FileSource(str(tmp_path), option="--data")
+
+
 def test_a_folder_of_markdown_is_text(tmp_path):
     assert names_of(write(tmp_path, **{"README.md": b"about", "a.md": b"more", "b.txt": b"x"})) == [
         "README.md",
