@@ -1,6 +1,6 @@
 """Options from a preset, a TOML file and the command line, in this order of precedence: preset < `--config FILE.toml`
-< flags. `--init-from` brings its model's sizes and its tokenizer in place of the preset's. Every mistake is refused in
-one line that names the option or the file.
+< flags. `--init-from` brings its model's sizes and its tokenizer in place of the preset's, `--resume-from` its
+settings; either may stand in the file, too. Every mistake is refused in one line that names the option or the file.
 
 `python -m train.command_line` prints the table of settings in docs/settings.md.
 """
@@ -29,7 +29,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.options import GROUPS, REPEATED, SECTIONS, Options, RunOptions, flag
 from train.shell import parse_flags
-from train.state.source import config_of, settings_of
+from train.state.source import config_of, locate, settings_of
 
 
 def parse(argv: Sequence[str], prog: str) -> Options:
@@ -49,15 +49,20 @@ def parse(argv: Sequence[str], prog: str) -> Options:
             raise UserError(f"{source}: tokens and steps both set the length of the main phase; give one of them")
     if chosen.steps is not None:
         file_values.pop("tokens", None)
+    in_file = {name: file_values[name] for name in ("init_from", "resume_from") if name in file_values}
+    origins = {name: user_path(path) for name, path in _checked(in_file, Options, str(chosen.config)).items()}
+    init_from = chosen.init_from or origins.get("init_from")
+    resume_from = chosen.resume_from or origins.get("resume_from")
     values = preset_values(chosen.preset or file_values.pop("preset", RunOptions.preset))
-    if chosen.init_from:
-        values["model"] = config_of(chosen.init_from)  # sizes given below must then agree, or `read_start` refuses
-        if (chosen.init_from / "tokenizer.json").is_file():
-            values["tokenizer"] = str(chosen.init_from)  # the weights know its tokens by their numbers
-    if chosen.resume_from:
-        stored = settings_of(chosen.resume_from)
-        values = _overlay(values, {k: v for k, v in stored.items() if k in CARRIED}, str(chosen.resume_from))
-        values["model"] = config_of(chosen.resume_from)
+    if init_from:
+        values["model"] = config_of(init_from)  # sizes given below must then agree, or `read_start` refuses
+        run = locate(init_from).run
+        if run is not None and (run / "tokenizer.json").is_file():
+            values["tokenizer"] = str(run)  # the weights know its tokens by their numbers
+    if resume_from:
+        stored = settings_of(resume_from)
+        values = _overlay(values, {k: v for k, v in stored.items() if k in CARRIED}, str(resume_from))
+        values["model"] = config_of(resume_from)
     values = _overlay(values, file_values, str(chosen.config))
     return _parse_flags(argv, prog, values)
 
@@ -104,11 +109,14 @@ def _overlay(values: dict[str, Any], layer: dict[str, Any], source: str) -> dict
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not TOML: {error}") from None
+    if "config" in values:
+        raise UserError(f"--config {path}: config: a file of settings cannot name another; put all into one")
+    return values
 
 
 def _checked(values: dict[str, Any], owner: type, source: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
 
     Args:
         form: one of `FORMS`.
-        dtype: of the tensors; None keeps the type they have. `bfloat16` is for `transformers` alone.
+        dtype: of the tensors; None keeps the type they have, as a whole state must. `bfloat16` is for `transformers`
+            alone.
         step: which checkpoint of a run folder; None takes the latest.
 
     Raises:
@@ -52,6 +53,12 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
         raise UserError(
             f"--dtype bfloat16: a training state needs float32; only --to transformers can take it (not {form})"
         )
+    whole = form != "transformers" and state.first_moment is not None
+    if whole and dtype not in (None, stored_dtype(state)):
+        raise UserError(
+            f"--dtype {dtype}: a training state goes on in the {stored_dtype(state)} it has; give no --dtype, or for "
+            "weights alone take a file of final weights or --to transformers"
+        )
     if form == "transformers":
         _write_transformers(target, state, found.run, dtype)
     elif form == "neutral":
@@ -59,7 +66,7 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
     elif state.first_moment is None:
         _write_weights(target, state, found.run, form, dtype)
     else:
-        _write_run(target, state, found.run, form, dtype)
+        _write_run(target, state, found.run, form)
     return found
 
 
@@ -83,9 +90,9 @@ def stored_dtype(state: TrainingState) -> str:
     return str(state.weights["norm.weight"].dtype)
 
 
-def _write_run(target: Path, state: TrainingState, run: Path | None, framework: str, dtype: str | None) -> None:
+def _write_run(target: Path, state: TrainingState, run: Path | None, framework: str) -> None:
     """A run folder with one checkpoint."""
-    with fresh_folder(target) as folder, closing(_backend(framework, state, dtype)) as backend:
+    with fresh_folder(target) as folder, closing(_backend(framework, state)) as backend:
         backend.load_state(state)
         backend.save(folder / "checkpoints", f"step_{state.step}", state.meta)
         backend.wait()
@@ -122,9 +129,9 @@ def _needs(framework: str) -> Iterator[None]:
         raise UserError(message) from None
 
 
-def _backend(framework: str, state: TrainingState, dtype: str | None) -> Backend:
+def _backend(framework: str, state: TrainingState) -> Backend:
     """A backend that holds a state and does not train."""
-    compute = ComputeConfig(dtype="float64" if (dtype or stored_dtype(state)) == "float64" else "float32")
+    compute = ComputeConfig(dtype=stored_dtype(state))
     optimizer = OptimizerConfig(schedule=lambda step: 0.0)
     with _needs(framework):
         if framework == "torch":
@@ -149,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64", "bfloat16"),
-        help="Precision of the tensors written; by default as they are stored.",
+        help="Precision of the tensors written; by default as they are stored, which a whole state must keep.",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -160,10 +167,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.to == "transformers":
         for engine in engines(read_config(arguments.target)):
             print(f"  {engine}")
-    if (arguments.target / "checkpoints").is_dir() and (arguments.target / "settings.toml").is_file():
+    if (arguments.target / "checkpoints").is_dir():
         main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
-        settings = arguments.target / "settings.toml"
-        print(f"Go on with: python -m {main_module} --config {settings} --run-dir {arguments.target}")
+        # Not by its settings.toml, which holds what `auto` chose for the devices that the run leaves.
+        print(f"Go on with: python -m {main_module} --resume-from {arguments.target} --run-dir {arguments.target}")
     return COMPLETE
 
 

@@ -95,8 +95,9 @@ class Score:
         )
 
 
-def evaluate(model: TrainedModel, texts: Iterable[str | Document], seq_len: int) -> Score:
-    """Score texts, each within its own boundaries, in rows of at most `seq_len` tokens.
+def evaluate(model: TrainedModel, texts: Iterable[str | Document], seq_len: int, named_by: str = "--data") -> Score:
+    """Score texts, each within its own boundaries, in rows of at most `seq_len` tokens. `named_by` is the option that
+    named them, with its value.
 
     Raises `UserError` where there is no text.
     """
@@ -115,7 +116,7 @@ def evaluate(model: TrainedModel, texts: Iterable[str | Document], seq_len: int)
 
     loss_sum = math.fsum(loss for _, batch in batches(rows(), seq_len) for loss in model.losses(*batch))
     if not documents:
-        raise UserError("--data: no text in there")
+        raise UserError(f"{named_by}: no text in there")
     return Score(documents, tokens, size, loss_sum)
 
 
@@ -255,9 +256,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}")
     print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
     if sources:
-        print(evaluate(model, read_documents(sources, model.tokenizer), seq_len))
+        named_by = f"--data {' '.join(options.data)}"
+        print(evaluate(model, read_documents(sources, model.tokenizer), seq_len, named_by))
     for name, source in apart.items():
-        print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len)}")
+        named_by = f"{source.option} {name}={named[name]}"
+        print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len, named_by)}")
     for file, questions in benchmarks:
         print(f"{file.name}: {answer(model, questions)}")
     return COMPLETE

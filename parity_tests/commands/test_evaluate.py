@@ -165,9 +165,10 @@ def test_evaluate_refuses_in_one_line(arguments, message, folder, tmp_path, caps
 
 def test_an_empty_text_is_refused(folder, tmp_path, capsys):
     pytest.importorskip("torch")
-    (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
-    assert evaluation.main([str(folder), "--data", str(tmp_path / "a.jsonl")]) == 2
-    assert "error: --data: no text" in capsys.readouterr().err
+    (file := tmp_path / "a.jsonl").write_text('{"other": 1}\n')
+    for given in (["--data", str(file)], ["--validation-dataset", f"news={file}"]):
+        assert evaluation.main([str(folder), *given]) == 2
+        assert f"error: {' '.join(given)}: no text in there" in capsys.readouterr().err
 
 
 def test_generate_command_prints_the_text_alone(framework, folder, capsys, monkeypatch):

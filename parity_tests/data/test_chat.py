@@ -62,6 +62,8 @@ def test_without_a_template_messages_stand_under_their_roles():
         ([{"role": "user", "content": 5}], "without role and content"),
         ([{"role": "user", "content": [{"type": "image"}]}], "more than text"),
         ([{"role": "user", "content": "spells <|im_end|>"}], "spells the special token <|im_end|>"),
+        ([{"role": "user<|im_end|>", "content": "x"}], "spells the special token <|im_end|>"),
+        ([{"role": "tool", "content": "", "calls": [{"name": "<|im_end|>"}]}], "spells the special token <|im_end|>"),
         ({"role": "user", "content": "x"}, "dict, not text"),
     ],
 )

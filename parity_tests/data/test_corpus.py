@@ -321,6 +321,14 @@ def test_identity_names_what_differs(tmp_path):
     differences = compare_identity(old, FileSource(str(tmp_path / "b")).identity)
     assert [severity for severity, _ in differences] == ["refuse", "refuse"]
     assert "part-1.jsonl" in differences[0][1] and "part-2.jsonl" in differences[1][1]
+    off, some, others = ({**old, "held_out": bound} for bound in ("0" * 16, "051eb851eb851ec0", "0a3d70a3d70a3d80"))
+    for before, now, said in [
+        (some, off, "documents were kept for validation, now none are (--validation-fraction or --validation-rows"),
+        (off, some, "no documents were kept for validation, now some are (--validation-fraction, --validation-rows"),
+        (some, others, "other documents than before are kept for validation (--validation-fraction"),
+    ]:
+        ((severity, message),) = compare_identity(before, now)
+        assert severity == "refuse" and message.startswith(f"held_out: {said}")
     (other,) = compare_identity(old, {**old, "text_field": "content"})
     assert other == ("refuse", "text_field was text, is content")
 

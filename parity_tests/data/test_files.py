@@ -58,6 +58,21 @@ def test_a_dataset_repository_gives_its_rows_and_says_the_rest(tmp_path):
     assert ".git" not in left_out
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("b.json.gz", gzip.compress(LINE, mtime=0)[:-12], "b.json.gz can't be read as json.gz: EOFError"),
+        ("b.json.gz", LINE, "b.json.gz can't be read as json.gz: BadGzipFile"),
+        ("b.json", '{"text": "x"}\n'.encode("utf-16"), "b.json is UTF-16, not UTF-8: convert it"),
+    ],
+    ids=["cut short", "no archive", "UTF-16"],
+)
+def test_a_damaged_file_of_a_folder_is_not_left_out(name, content, said, tmp_path):
+    write(tmp_path, **{"a.jsonl": LINE, name: content})
+    with pytest.raises(UserError, match=f"--data: .*{said}"):
+        FileSource(str(tmp_path), option="--data")
+
+
 def test_a_folder_of_markdown_is_text(tmp_path):
     assert names_of(write(tmp_path, **{"README.md": b"about", "a.md": b"more", "b.txt": b"x"})) == [
         "README.md",
@@ -122,10 +137,10 @@ def test_a_home_folder_in_every_path(home):
     train_tokenizer(["at home"], 300).save(home / "tokenizer")
     assert [document.text for document in Reader(FileSource("~/texts/*.txt"))] == ["at home"]
     assert load_tokenizer("~/tokenizer").vocab_size > 256
-    (home / "settings.toml").write_text('resume_from = "~/runs/x"\nsteps = 7\n')
-    options = command_line.parse(["--config=~/settings.toml", "--run-dir=~/runs/y"], "test")
-    assert (options.steps, options.resume_from, options.run_dir) == (7, home / "runs/x", home / "runs/y")
-    assert options.config == home / "settings.toml"
+    (home / "settings.toml").write_text('run_dir = "~/runs/x"\nsteps = 7\n')
+    options = command_line.parse(["--config=~/settings.toml"], "test")
+    assert (options.steps, options.run_dir, options.config) == (7, home / "runs/x", home / "settings.toml")
+    assert command_line.parse(["--run-dir=~/runs/y"], "test").run_dir == home / "runs/y"
 
 
 def test_a_home_folder_given_to_the_other_commands(home, capsys):

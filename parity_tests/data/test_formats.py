@@ -177,6 +177,7 @@ def test_an_array_in_chunks_of_any_size():
             "a.csv:3: 1 cells, not 2", "a.csv:4: not well-formed, lines 4 to 4", "a.csv:5: invalid UTF-8"]),
         ("a.csv", b'\xef\xbb\xbftext,id\none,1\n"never\nclosed,2\n', ["one"], [
             "a.csv:3: not well-formed, lines 3 to 4"]),
+        ("a.csv", b'\xef\xbb\xbf"text","id"\n"one",1\n"two\n",2\n3\n', ["one", "two\n"], ["a.csv:5: 1 cells, not 2"]),
         ("a.txt", "schön".encode("utf-16"), [], ["a.txt:1: UTF-16, not UTF-8: convert it (iconv"]),
         ("a.txt", "schoen".encode("utf-16-le"), [], ["a.txt:1: UTF-16, not UTF-8"]),
         ("a.txt", "schön".encode("latin-1"), [], ["a.txt:1: invalid UTF-8"]),

@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, example, given, settings, strategies
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
 from torch_ref.spec.huggingface import export_folder
-from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
+from torch_ref.spec.interface import OptimizerConfig, Sampling, TrainingState, UserError
 from torch_ref.spec.parameters import initial_values
 from train.command_line import field_docstrings, parse, settings_table
 from train.data.hub import DEFAULT_CONFIGS
 from train.data.options import Dataset
 from train.run.options import DeviceOptions, Options, flag, trajectory_differences
 from train.run.schedule import Schedule
+from train.state.neutral import write_state
 
 PROMISED = (
     "--preset --config --run-dir --seed --device --dtype --dataset --dataset-config --tokenizer --steps "
@@ -117,6 +118,8 @@ def test_model_presets_in_a_file(tmp_path: Path) -> None:
         ('[model]\npreset = "huge"', "there are tiny, small,"),
         ("model = 3", "must be a table"),
         ("steps = ", "not TOML"),
+        ('config = "other.toml"', "config: a file of settings cannot name another"),
+        ("init_from = 3", "init_from = 3: must be Path"),
     ],
 )
 def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> None:
@@ -336,3 +339,29 @@ def test_every_spelling_of_a_flag_is_the_same_flag(tmp_path: Path, spelling: str
     (folder / "tokenizer.json").write_text("{}")
     options = read("--seq-len", "64", *spelling.format(folder).split())
     assert (options.init_from, options.model, options.tokenizer) == (folder, config, str(folder))
+
+
+def test_where_a_run_starts_may_stand_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folder, config = tmp_path / "exported", dataclasses.replace(PRESETS["tiny"], num_layers=2, vocab_size=300)
+    export_folder(folder, config, initial_values(config, 0))
+    (folder / "tokenizer.json").write_text("{}")
+    file = tmp_path / "mine.toml"
+    file.write_text('init_from = "~/exported"\nseq_len = 64\n')
+    options = read("--config", str(file))
+    assert (options.init_from, options.model, options.tokenizer) == (folder, config, str(folder))
+
+    stored = dataclasses.replace(options, learning_rate=0.5, tokenizer="bpe").to_dict()
+    weights = {row.name: value for row, value in initial_values(config, 0)}
+    for number in (1, 2):
+        meta = {"options": stored | {"seed": number}}
+        write_state(tmp_path / f"state {number}", TrainingState(config, weights, meta=meta))
+    file.write_text('resume_from = "~/state 1"\nwarmup_steps = 7\n')
+    options = read("--config", str(file))
+    assert (options.resume_from, options.seed, options.model) == (tmp_path / "state 1", 1, config)
+    assert (options.learning_rate, options.tokenizer, options.warmup_steps) == (0.5, "bpe", 7)
+    options = read("--config", str(file), "--resume-from", str(tmp_path / "state 2"))
+    assert (options.resume_from, options.seed) == (tmp_path / "state 2", 2)
+    # Its learning rate goes on: a sweep would come to nothing, and unsaid.
+    assert "--find-lr: a run that goes on by --resume-from keeps" in refusal("--config", str(file), "--find-lr")

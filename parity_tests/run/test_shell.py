@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.leaving import leave
 from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.processes import Processes
-from train.run.guard import HOLDER, exclusive
+from train.run.guard import HOLDER, LOCK, exclusive
 from train.shell import shell, write_any_character
 
 REPOSITORY = Path(__file__).parents[2]
@@ -132,11 +133,17 @@ def test_a_folder_is_left_as_it_was_found(tmp_path):
 
 def test_a_holder_is_named(tmp_path):
     (tmp_path / HOLDER).write_text(note(os.getppid()))
-    with pytest.raises(
-        UserError, match=rf"another process is training there \(process {os.getppid()} on .*, since 2026"
-    ):
+    said = rf"another process is training there \(process {os.getppid()} on .*, since 2026"
+    with FileLock(tmp_path / LOCK), pytest.raises(UserError, match=said):
         with exclusive(tmp_path, "metrics.jsonl"):
             pass
+
+
+def test_a_note_whose_process_number_is_anothers_by_now_is_no_hindrance(tmp_path):
+    """As after kill -9: the system took the lock back, and gave the number away again."""
+    (tmp_path / HOLDER).write_text(note(os.getppid()))
+    with exclusive(tmp_path, "metrics.jsonl"):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("left", ["", "[]", '{"host": 3}', "not JSON"])

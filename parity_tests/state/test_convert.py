@@ -236,14 +236,44 @@ def test_weights_alone_become_a_weights_file(tmp_path, framework):
     assert backend.steps_done == 0
 
 
-@BOTH
-def test_float64_can_be_rounded_on_the_way(tmp_path):
-    make_run(tmp_path / "run", "torch", "float64")
-    for form in ("neutral", "flax", "transformers"):
-        assert main([str(tmp_path / "run"), str(tmp_path / form), "--to", form, "--dtype", "float32"]) == 0
-        weights = open_state(locate(tmp_path / form)).weights
-        value = random_state(7, "float64").weights["embed_tokens.weight"].astype(np.float32)
-        np.testing.assert_array_equal(weights["embed_tokens.weight"], value, strict=True)
+@pytest.mark.parametrize("form", ["neutral", "flax", "torch", "transformers"])
+def test_weights_of_float64_can_be_rounded_on_the_way(tmp_path, form):
+    if form == "torch":
+        pytest.importorskip("torch")
+    expected = random_state(7, "float64").weights
+    write_state(tmp_path / "weights", TrainingState(CONFIG, expected))
+    assert main([str(tmp_path / "weights"), str(tmp_path / form), "--to", form, "--dtype", "float32"]) == 0
+    weights = open_state(locate(tmp_path / form)).weights
+    for name, value in expected.items():
+        np.testing.assert_array_equal(weights[name], value.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("form", ["neutral", "flax", "torch"])
+@pytest.mark.parametrize(("stored", "asked"), [("float64", "float32"), ("float32", "float64")])
+def test_a_whole_state_keeps_the_precision_that_its_settings_name(tmp_path, capsys, form, stored, asked):
+    write_state(tmp_path / "state", random_state(7, stored))
+    assert main([str(tmp_path / "state"), str(tmp_path / "out"), "--to", form, "--dtype", asked]) == 2
+    said = capsys.readouterr().err
+    assert f"error: --dtype {asked}: a training state goes on in the {stored} it has; give no --dtype" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_command_that_goes_on_leaves_devices_to_auto(tmp_path, capsys, framework):
+    """The run may go on elsewhere: what `auto` chose where it was is in its settings.toml, and must not come along."""
+    source, target = tmp_path / "state", tmp_path / "run"
+    chosen = Options(model=CONFIG, seq_len=16, preset="tiny", mesh="fsdp=4", dtype="float32", remat="layers",
+                     micro_batch_size=2, loss_chunk=64, batch_size=8, steps=70)  # fmt: skip
+    automatic = ["mesh", "dtype", "remat", "micro_batch_size", "loss_chunk"]
+    meta = META | {"step": 7, "options": chosen.to_dict(), "automatic": automatic}
+    (tmp_path / "settings.toml").write_text(chosen.to_toml())
+    write_state(source, dataclasses.replace(random_state(7), meta=meta), tmp_path)
+    assert main([str(source), str(target), "--to", framework]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition("python -m ")[2].split()
+    assert command[0] == {"flax": "train.flax_main", "torch": "torch_ref.train"}[framework]
+    options = command_line.parse(command[1:], "train")
+    assert {getattr(options, name) for name in automatic} == {"auto"}
+    assert (options.run_dir, options.steps, options.model) == (target, 70, CONFIG)
 
 
 # What the training loop calls
@@ -295,6 +325,27 @@ def test_init_from_brings_the_model_sizes(tmp_path):
         read_start(options.init_from, options.model)
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         command_line.parse(["--init-from", "nowhere"], "train")
+
+
+def test_init_from_brings_the_tokenizer_wherever_it_lies(tmp_path):
+    """A token is a row of the embedding: weights with another tokenizer mean other text."""
+    pytest.importorskip("torch")
+    run, state, weights = (tmp_path / name for name in ("run", "state", "run/weights"))
+    make_run(run, "torch")
+    convert(run, state, "neutral")
+    write_state(tmp_path / "weights alone", TrainingState(CONFIG, random_state(7).weights), run)
+    convert(tmp_path / "weights alone", weights, "torch")  # a folder with a tokenizer of its own, in that of a run
+    (run / "deepseek_final.pt").write_bytes((weights / "deepseek_final.pt").read_bytes())
+    places = {
+        run: run,
+        run / "deepseek_final.pt": run,
+        run / "checkpoints/step_5.pt": run,
+        state: state / RUN,
+        weights / "deepseek_final.pt": weights,
+    }
+    for start, expected in places.items():
+        options = command_line.parse(["--preset", "tiny", "--seq-len", "16", "--init-from", str(start)], "train")
+        assert options.tokenizer == str(expected), start
 
 
 # The command

@@ -138,7 +138,7 @@ def test_the_mains_take_each_others_runs(tmp_path):
 
     run_module("torch_ref.train", "--config", settings, "--run-dir", whole)
     run_module("train.convert", whole, flax, "--to", "flax", "--step", 4)
-    run_module("train.flax_main", "--config", flax / "settings.toml", "--run-dir", flax)
+    run_module("train.flax_main", "--resume-from", flax, "--run-dir", flax, "--device", "cpu")
     checkpoint = flax / "checkpoints/step_8"
     run_module("torch_ref.train", "--config", settings, "--run-dir", relay, "--resume-from", checkpoint)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,19 @@ def as_chat(messages: list[dict]) -> list[dict[str, Any]] | Bad:
     return chat
 
 
+def _texts_in(value: Any) -> Iterator[str]:
+    """All that a template may write of a message: its role and its content, but also names, calls of tools and the
+    like."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts_in(pair)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            yield from _texts_in(member)
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a chat is written. The same chat gives the same text at any time: templates are not told the date."""
@@ -54,7 +67,8 @@ class ChatFormat:
         if self.template is None:
             return BETWEEN_TEXTS.join(f"{message['role'].capitalize()}: {message['content']}" for message in chat)
         for message in chat:
-            if spelled := next((token for token in self.special if token in message["content"]), None):
+            spelled = next((token for text in _texts_in(message) for token in self.special if token in text), None)
+            if spelled:
                 return Bad(f"a message spells the special token {spelled}")
         from jinja2 import TemplateError
 

@@ -199,6 +199,19 @@ def held_out_below(documents: Iterable[Document], fraction: float) -> int:
     return min(smallest) + 1 if len(smallest) == 2 else 0
 
 
+def _held_out_in_words(before: str | None, now: str | None) -> str:
+    """What differs between two bounds on the digests of held-out documents (see `held_out_below`)."""
+    none = f"{0:016x}"
+    if now == none:
+        return (
+            "documents were kept for validation, now none are (--validation-fraction or --validation-rows is 0; "
+            "--eval-interval 0 alone turns validation off)"
+        )
+    if before == none:
+        return "no documents were kept for validation, now some are (--validation-fraction, --validation-rows)"
+    return "other documents than before are kept for validation (--validation-fraction)"
+
+
 def compare_identity(old: dict, new: dict) -> list[tuple[str, str]]:
     """How the data of a checkpoint and the data at hand differ: (severity, message) pairs, none if they are the same.
 
@@ -213,7 +226,9 @@ def compare_identity(old: dict, new: dict) -> list[tuple[str, str]]:
             before = f"cut at {FORMER_DOCUMENT_BYTES} bytes"
         if before == now:
             continue
-        if isinstance(before, dict) and isinstance(now, dict):
+        if key == "held_out":
+            found.append(("refuse", f"held_out: {_held_out_in_words(before, now)}"))
+        elif isinstance(before, dict) and isinstance(now, dict):
             names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             for name in names[:3]:
                 found.append(

@@ -55,7 +55,7 @@ def find_files(
     there are rows beside them: those of a dataset's repository describe it. `without` are left out as well. `former`
     searches a folder as runs did that began before. `option` named the pattern.
 
-    Raises `UserError` if there is no file that can be read."""
+    Raises `UserError` if there is no file that can be read, and what `is_data` raises."""
     path = user_path(pattern)
     left_out: dict[str, list[str]] = {}
     if path.is_dir():

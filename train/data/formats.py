@@ -21,6 +21,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -215,6 +216,8 @@ class CountedLines:
 
     def __next__(self) -> str:
         line, length = next(self._lines)
+        if self.byte == 0:
+            line = line.removeprefix(_BYTE_ORDER_MARK)  # before a quote of the first cell, it would be text
         self.line, self.byte = self.line + 1, self.byte + length
         return line.decode(errors="surrogateescape")
 
@@ -232,7 +235,7 @@ def csv_columns(file: Path, option: str = "--dataset") -> tuple[list[str], Count
             names = next(_csv_reader(lines, file), [])
         except csv.Error as error:
             raise UserError(f"{option}: {file}: its first line holds no names of columns: {error}") from error
-    return [name.removeprefix("\ufeff") for name in names], lines
+    return names, lines
 
 
 def read_csv(file: Path, text_field: str, row: int, byte: int) -> FileRows:
@@ -329,11 +332,15 @@ def column_values(column: Any, below: str, start: int) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+class NotRows(UserError):
+    """JSON that can be read, and is no rows."""
+
+
 def check_file(file: Path, text_field: str, option: str = "--dataset") -> None:
     """Raises `UserError`, naming the cause, if a file can't be read, or is one of rows and has no text field. What a
     text file holds is not looked at: each is a row by itself, and a bad one is skipped as such."""
     kind = kind_of(file)
-    try:
+    with _naming_the_cause(file, option):
         if kind == ".parquet":
             import pyarrow.parquet
 
@@ -346,6 +353,13 @@ def check_file(file: Path, text_field: str, option: str = "--dataset") -> None:
                 head = stream.read(_HEAD)
             if kind in LINES:
                 _check_lines(file, kind, text_field, head, option)
+
+
+@contextmanager
+def _naming_the_cause(file: Path, option: str) -> Iterator[None]:
+    """Whatever a file can't be read for is a `UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -366,16 +380,18 @@ def _check_lines(file: Path, kind: str, text_field: str, head: bytes, option: st
         return
     first = head.removeprefix(_BYTE_ORDER_MARK).lstrip().split(b"\n")[0].rstrip()
     if first[:1] == b"{" and first[-1:] in (b"{", b"[", b","):
-        raise UserError(
+        raise NotRows(
             f"{option}: {file} holds one JSON object over several lines; give an array of objects, or one a line"
         )
 
 
-def has_text_field(file: Path, text_field: str) -> bool:
-    """Whether the first row of a JSON file has the text field."""
+def has_text_field(file: Path, text_field: str, option: str = "--dataset") -> bool:
+    """Whether the first row of a JSON file has the text field. Raises `UserError`, naming the cause, if the file can't
+    be read."""
     try:
-        check_file(file, text_field)
-        value = next(read_json(file, text_field, 0, 0), [Bad("nothing")])[0]
-        return not isinstance(value, Bad)
-    except UserError:
+        check_file(file, text_field, option)
+    except NotRows:
         return False
+    with _naming_the_cause(file, option):
+        value = next(read_json(file, text_field, 0, 0), [Bad("nothing")])[0]
+    return not isinstance(value, Bad)

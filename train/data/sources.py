@@ -88,7 +88,7 @@ class FileSource:
         former: bool = False,
         option: str = "--dataset",
     ):
-        found = find_files(pattern, lambda file: has_text_field(file, text_field), without, former, option)
+        found = find_files(pattern, lambda file: has_text_field(file, text_field, option), without, former, option)
         self.root, self.files, self.text_field, self.option = found.root, found.files, text_field, option
         if former:
             document_bytes = FORMER_DOCUMENT_BYTES

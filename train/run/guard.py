@@ -36,7 +36,9 @@ def exclusive(run_dir: Path, signs_of_life: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}") from None
     try:
-        if is_held(run_dir, signs_of_life):
+        # Who has the lock knows that nobody of this machine trains there: the number in a note that was left behind may
+        # be another process's by now. Another machine need not see the lock.
+        if (lock is None or not _is_of_this_machine(_note(run_dir))) and is_held(run_dir, signs_of_life):
             raise UserError(
                 f"--run-dir {run_dir}: another process is training there{_who(run_dir)}; if it is gone, remove "
                 f"{run_dir / HOLDER}"
@@ -59,7 +61,7 @@ def is_held(run_dir: Path, signs_of_life: str) -> bool:
     note = _note(run_dir)
     if not note:
         return False
-    if note["host"] == socket.gethostname():
+    if _is_of_this_machine(note):
         return note["pid"] != os.getpid() and _exists(note["pid"])
     for file in (run_dir / signs_of_life, run_dir / HOLDER):
         with suppress(OSError):
@@ -74,6 +76,10 @@ def _note(run_dir: Path) -> dict | None:
         return note if isinstance(note["host"], str) and isinstance(note["pid"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _is_of_this_machine(note: dict | None) -> bool:
+    return note is not None and note["host"] == socket.gethostname()
 
 
 def _who(run_dir: Path) -> str:

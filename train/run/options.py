@@ -40,7 +40,7 @@ class RunOptions:
     resume_from: Path | None = None
     """Begin from this checkpoint, in a run folder that has none of its own yet."""
     init_from: Path | None = None
-    """Start from these weights (a weights file, an exported or a converted folder), whose model sizes come along."""
+    """Start from these weights (a file, an exported or a converted folder), whose sizes and tokenizer come along."""
     allow_changed_settings: bool = False
     """Resume although settings or data that shape the trajectory differ from the checkpoint's."""
     find_lr: bool = False
@@ -223,6 +223,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         )
         self._require(self.document_bytes == 0 or self.document_bytes >= 256, "document_bytes", "must be 0 or from 256")
         self._require(bool(self.prompt), "prompt", "must not be empty")
+        if self.find_lr and self.resume_from:
+            raise UserError(
+                "--find-lr: a run that goes on by --resume-from keeps the learning rate it has; leave out one of them"
+            )
         self._require(
             self.seq_len <= self.model.max_position,
             "seq_len",

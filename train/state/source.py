@@ -84,8 +84,8 @@ def _locate_one(path: Path) -> Source | None:
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint (in its `checkpoints` or `best`), or its final weights, lie in."""
-    for folder in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
+    """The run folder that final weights lie in, or a checkpoint (in its `checkpoints` or `best`)."""
+    for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
         if (folder / "settings.toml").is_file() or (folder / "tokenizer.json").is_file():
             return folder
     return None
