@@ -81,8 +81,10 @@ def shard_model(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
     fully_shard(model, mesh=mesh.fsdp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Shares of the objective add up: gradients are summed, where FSDP would take their mean.
+            # Shares of the objective add up: gradients are summed, where FSDP would take their mean. In float32 it
+            # would ask for a product and a sum in one, which gloo lacks, even where the factor is 1.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
     model.unshard()  # sets the parts up, which from then on stay where they are
     model.reshard()
