@@ -13,8 +13,8 @@ Twins: `torch_ref/moe.py`, `flax_model/moe.py`.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +28,6 @@ from torch_ref.spec.config import ModelConfig
 
 BLOCK = 64
 """Rows of one block of the `blocks` path."""
-again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
-"""Calls a function, of which nothing but the arguments is kept for the backward pass: that calls it again."""
 
 
 class Routing(NamedTuple):
@@ -104,6 +102,13 @@ def experts_grouped(
     """Rows sorted by expert, one product per expert on just its rows. `remat` drops the gate and up products after the
     forward pass and computes them again in the backward pass: 2 more products than 9, for 2 * ffn values a row."""
     return grouped_experts(x, routing.chosen, routing.weights, gate, up, down, remat)
+
+
+def again(function: Callable, *arguments: Tensor) -> Any:
+    """Call a function, of which nothing but the arguments is kept for the backward pass: that calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
 
 
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
