@@ -12,7 +12,8 @@ from parity_tests.support.backends import CONFIG
 from torch_ref.spec import memory
 from torch_ref.spec.config import PRESETS, ComputeConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.memory import choose_remat, host_memory_available, step_bytes
+from torch_ref.spec.memory import choose_remat, host_memory_available, step_bytes, step_parts
+from torch_ref.spec.parameters import count_parameters
 
 FULL = PRESETS["smol-774m"]
 
@@ -155,6 +156,17 @@ def test_remat_is_the_cheapest_that_fits():
     assert off > experts > layers
     choices = [choose_remat(*sizes, available) for available in (None, off, off - 1, experts - 1, 0)]
     assert choices == ["off", "off", "experts", "layers", "layers"]
+
+
+def test_torch_holds_whole_gradients_between_micro_batches():
+    """They are summed over processes once a step; until then no process has a part of them alone."""
+
+    def gradients(micro_batches, framework, mesh=(1, 8, 1)):
+        return step_parts(FULL, "float32", 1, 128, micro_batches, "off", mesh, framework=framework)["gradients"]
+
+    whole = 4 * count_parameters(FULL)
+    assert gradients(2, "torch") == gradients(2, "torch", (1, 1, 1)) == whole
+    assert gradients(1, "torch") == gradients(1, "flax") == gradients(2, "flax") // 2 == whole // 8
 
 
 def test_a_backend_that_rematerialises_returns_freed_blocks():
