@@ -150,6 +150,26 @@ def test_flax_choices_on_gpus():
         device.resolve_compute(ComputeConfig("float64"), new, FULL)
 
 
+def test_the_cpu_that_was_asked_for_is_taken_where_jax_has_a_gpu(monkeypatch):
+    """Nothing is made on the GPU, and programs get around what XLA's CPU backend is slow at."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    from flax_model.cpu import on_cpu
+    from parity_tests.support.fakes import small_options
+    from train.flax_main import build
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("flax_model.compile_cache.keep_compiled_programs", lambda: None)
+    monkeypatch.setattr("flax_model.backend.FlaxBackend", lambda *settled: on_cpu())
+    before = jax.config.jax_default_device
+    assert not on_cpu()
+    try:
+        assert build(small_options(device="cpu"))[1]
+        assert jax.config.jax_default_device == jax.devices("cpu")[0]
+    finally:
+        jax.config.update("jax_default_device", before)
+
+
 def test_remat_is_the_cheapest_that_fits():
     sizes = PRESETS["smol-774m"], "float32", 1, 2048, 1
     off, experts, layers = (step_bytes(*sizes, remat) for remat in ("off", "experts", "layers"))
