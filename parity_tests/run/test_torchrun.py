@@ -7,6 +7,7 @@ import importlib
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ pytest.importorskip("torch", reason="torchrun is torch's")
 import torch
 
 from parity_tests.support.processes import OF_A_LIBRARY, OF_A_PEER, Started, differences, free_port, settings, started
+from torch_ref.spec.processes import Processes
 from train.run.runlog import read_metrics
 
 BOUND = 1e-10
@@ -167,6 +169,17 @@ def first_steps_differ(folder: Path, straight: Path, *argv: str, program: str = 
     return max(
         abs(one[name] / two[name] - 1) for one, two in zip(ours, theirs, strict=True) for name in ("loss", "grad_norm")
     )
+
+
+def test_all_groups_wait_for_a_process_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself a group waits half an hour, or on GPUs ten minutes, whatever that of all processes does."""
+    from torch_ref import processes, sharding
+
+    made = []
+    monkeypatch.setattr(sharding.dist, "new_group", lambda members, timeout: made.append((members, timeout)))
+    sharding.make_mesh(Processes(4, 0), (2, 2, 1), torch.device("cpu"))
+    wait = timedelta(seconds=processes.WAIT)
+    assert made == [(members, wait) for members in ([0, 2], [1, 3], [0, 1], [2, 3])]
 
 
 @pytest.mark.parametrize("package", ["torch_ref", "flax_model"])
