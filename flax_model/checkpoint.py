@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ import orbax.checkpoint as ocp
 
 from flax_model.sharding import host_array, tree_bytes
 from torch_ref.spec.checkpoint import (
-    DamagedCheckpoint,
     checkpoint_name,
     in_step_order,
     named_leaves,
+    read_by_all,
     read_errors,
     require_arrays,
     require_contents,
@@ -128,19 +127,20 @@ class Checkpoints:
     def read_contents(self, path: Path) -> dict:
         """A checkpoint's JSON object. Raises `UserError` naming a folder that is absent, something else, or damaged."""
         self.wait()
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such checkpoint")
-        with self._by_all(path), read_errors(path, *UNREADABLE):
-            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            contents = self._reader.restore(Path(path).absolute(), args=items)["meta"]
-        require_seal(contents, path)
-        require_contents(contents, "flax", path)
+        with read_by_all(path, self._agree):
+            if not Path(path).is_dir():
+                raise UserError(f"{path}: no such checkpoint")
+            with read_errors(path, *UNREADABLE):
+                items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+                contents = self._reader.restore(Path(path).absolute(), args=items)["meta"]
+            require_seal(contents, path)
+            require_contents(contents, "flax", path)
         return contents
 
     def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first array that is missing, unknown, or of another shape or dtype than in
         `expected`, nested dicts of `jax.ShapeDtypeStruct`."""
-        with self._by_all(path):
+        with read_by_all(path, self._agree):
             stored = shapes(self._stored(path))
             require_stored(contents, stored, path)
             require_tensors(stored, shapes(expected), path)
@@ -148,7 +148,7 @@ class Checkpoints:
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The arrays of a checkpoint, placed as `expected` says; call `check` first. Raises `UserError` where what was
         read is not what was written."""
-        with self._by_all(path), read_errors(path, *UNREADABLE):
+        with read_by_all(path, self._agree), read_errors(path, *UNREADABLE):
             restore_args = ocp.checkpoint_utils.construct_restore_args(expected)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=expected, restore_args=restore_args))
             state = self._reader.restore(Path(path).absolute(), args=items)["state"]
@@ -167,17 +167,6 @@ class Checkpoints:
             parts = self._reader.restore(Path(path).absolute(), args=ocp.args.Composite(state=part))["state"]
         require_arrays(contents, named_leaves(parts), path)
         return parts
-
-    @contextmanager
-    def _by_all(self, path: Path) -> Iterator[None]:
-        """What one process cannot read is damaged for all."""
-        try:
-            yield
-        except UserError:
-            self._agree([1])()
-            raise
-        if self._agree([0])()[0]:
-            raise DamagedCheckpoint(path, "another process cannot read it")
 
     def _stored(self, path: Path) -> dict:
         """What a checkpoint says it holds: nested dicts of shapes and dtypes."""

@@ -41,7 +41,9 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def on_cpu() -> bool:
-    return (_compiling_for or jax.default_backend()) == "cpu"
+    """Whether programs are made for a CPU: that of `compiling_for`, or of JAX's default device, where one is set."""
+    chosen = jax.config.jax_default_device
+    return (_compiling_for or getattr(chosen, "platform", chosen) or jax.default_backend()) == "cpu"
 
 
 def changed_if(condition: Array, change: Callable[[Any], Any], tree: Any) -> Any:

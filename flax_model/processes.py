@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.leaving import ENDED, leave
+from torch_ref.spec.leaving import CLOSED, ENDED, leave
 from torch_ref.spec.processes import ALONE, Processes
 from torch_ref.spec.storage import first_line
 
 CONNECT, SILENCE, SHUTDOWN = 300, 30, 60
 """Seconds: for all processes to come, without a sign of one until it counts as gone, and for all to end."""
-LOST = ("gloo", "Gloo", "NCCL", "oordination service", "heartbeat", "Heartbeat", "UNAVAILABLE:", "DEADLINE_EXCEEDED")
+LOST = (*CLOSED, "oordination service", "UNAVAILABLE:", "DEADLINE_EXCEEDED")
 """In errors of JAX that tell of another process."""
 
 

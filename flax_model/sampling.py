@@ -53,5 +53,7 @@ def choose_token(
     logits = filter_logits(logits, seen, sampling)
     if sampling.greedy:
         return logits.argmax(-1)
-    cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
-    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    # A parallel sum need not be monotone: by its rounding, a token that was filtered out could be hit.
+    cumulative = jnp.cumsum(probabilities, axis=-1) * (probabilities > 0)
+    return (cumulative > uniform[:, None] * cumulative.max(-1, keepdims=True)).argmax(-1)

@@ -79,7 +79,7 @@ class TorchBackend:
         self._compile_unchecked = self.compute.compile == "on"
         self._recorded: RecordedObjective | None = None
         self._records = True
-        self._checkpoints = Checkpoints()
+        self._checkpoints = Checkpoints(agree if self.processes.count > 1 else agree_alone)
 
     def _checked(self, compute: ComputeConfig) -> ComputeConfig:
         """Without the paths that this device gets wrong."""

@@ -20,11 +20,13 @@ from torch_ref.spec.checkpoint import (
     checkpoint_name,
     in_step_order,
     named_leaves,
+    read_by_all,
     read_errors,
     require_contents,
     shapes,
 )
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.processes import Agree, agree_alone
 from torch_ref.spec.storage import make_folder, whole_file, write_errors
 from torch_ref.spec.training_state import require_tensors
 
@@ -33,6 +35,9 @@ SUFFIX = ".pt"
 
 class Checkpoints:
     """Writes, finds and reads checkpoints."""
+
+    def __init__(self, agree: Agree = agree_alone) -> None:
+        self._agree = agree
 
     def save(self, path: Path, state: dict, contents: dict) -> None:
         """Write nested dicts of tensors and a JSON object; a checkpoint of that name is replaced. Raises `UserError`
@@ -56,14 +61,16 @@ class Checkpoints:
     def read_contents(self, path: Path) -> dict:
         """A checkpoint's JSON object, and its tensors mapped from the file. Raises `UserError` naming a file that is
         absent, something else, or damaged."""
-        contents = load(path)
-        require_contents(contents, "torch", path)
+        with read_by_all(path, self._agree):
+            contents = load(path)
+            require_contents(contents, "torch", path)
         return contents
 
     def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first tensor that is missing, unknown, or of another shape or dtype than in
         `expected`, nested dicts of tensors."""
-        require_tensors(shapes({name: contents.get(name, {}) for name in expected}), shapes(expected), path)
+        with read_by_all(path, self._agree):
+            require_tensors(shapes({name: contents.get(name, {}) for name in expected}), shapes(expected), path)
 
     def restore(self, path: Path, contents: dict, expected: dict) -> dict:
         """The tensors of a checkpoint, mapped from its file; call `check` first."""

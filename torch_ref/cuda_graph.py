@@ -57,6 +57,7 @@ class RecordedObjective:
 
         model.zero_grad(set_to_none=True)
         self._replay, (self._parts, self._gradients) = record(run)
+        self._rope = model._rope  # the graph reads it, and the model lets go of it for a pass of another length
         model.zero_grad(set_to_none=True)
 
     def __call__(

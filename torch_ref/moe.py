@@ -13,12 +13,14 @@ Twins: `torch_ref/moe.py`, `flax_model/moe.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from torch_ref.grouped_experts import count_experts, cut_blocks, grouped_experts
 from torch_ref.layers import SwiGLU, wide
@@ -102,15 +104,21 @@ def experts_grouped(
     return grouped_experts(x, routing.chosen, routing.weights, gate, up, down, remat)
 
 
+def again(function: Callable, *arguments: Tensor) -> Any:
+    """Call a function, of which nothing but the arguments is kept for the backward pass: that calls it again."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+
+
 def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Tensor, "tokens hidden"]:
     """Rows sorted by expert into blocks of `BLOCK`, each expert starting a block of its own, then one batched product
-    with a weight per block. Shapes depend on nothing but the number of tokens; `remat` is not its business (whole
-    layers can be rematerialised around it)."""
+    with a weight per block. Shapes depend on nothing but the number of tokens. The backward pass makes the blocks'
+    rows and weights again, which are many times what they are picked from; with `remat` also the gate and up products.
+    """
     tokens, topk = routing.chosen.shape
     experts = gate.shape[0]
     blocks = cut_blocks(routing.chosen, experts, BLOCK)
-    padded = torch.cat((x.repeat_interleave(topk, 0), torch.zeros_like(x[:1])))
-    rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
     # Picking each block's weight by a product with a one-hot matrix makes the gradient a product too, not a scatter.
     pick = (blocks.expert[:, None] == torch.arange(experts, device=x.device)).to(x.dtype)
 
@@ -118,8 +126,19 @@ def experts_blocks(x, routing: Routing, gate, up, down, remat: bool) -> Float[Te
         chosen = (pick @ weight.to(x.dtype).flatten(1)).unflatten(1, weight.shape[1:])
         return rows @ chosen.transpose(1, 2)
 
-    gated, raised = blockwise(rows, gate), blockwise(rows, up)
-    out = blockwise(F.silu(gated) * raised, down).reshape(-1, x.shape[1])
+    def gate_and_up(x):
+        padded = torch.cat((x.repeat_interleave(topk, 0), torch.zeros_like(x[:1])))
+        rows = padded[blocks.source].reshape(-1, BLOCK, x.shape[1])
+        return blockwise(rows, gate), blockwise(rows, up)
+
+    def activate_and_down(gated, raised):
+        return blockwise(F.silu(gated) * raised, down)
+
+    if remat:
+        out = again(lambda x: activate_and_down(*gate_and_up(x)), x)
+    else:
+        out = again(activate_and_down, *again(gate_and_up, x))
+    out = out.reshape(-1, x.shape[1])
     per_choice = wide(out[blocks.slot].reshape(tokens, topk, -1)) * routing.weights[..., None]
     return per_choice.sum(1).to(x.dtype)
 

@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.leaving import leave
+from torch_ref.spec.leaving import CLOSED, leave
 from torch_ref.spec.processes import ALONE, Processes
 from torch_ref.spec.storage import first_line
 
 CONNECT, WAIT = 300, 3600
 """Seconds: for all processes to come; for one that is late, as while process 0 writes a sample."""
-LOST = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket", "socket")
-LOST += ("TCPStore", "DistStore", "heartbeat", "Heartbeat")
+LOST = (*CLOSED, "connectFullMesh failed", "Connection was likely closed", "wait timeout", "Socket Timeout")
 """In errors of torch that tell of another process."""
 
 

@@ -51,5 +51,7 @@ def choose_token(
     logits = filter_logits(logits, seen, sampling)
     if sampling.greedy:
         return logits.argmax(-1)
-    cumulative = logits.softmax(-1).cumsum(-1)
-    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
+    probabilities = logits.softmax(-1)
+    # A parallel sum need not be monotone: by its rounding, a token that was filtered out could be hit.
+    cumulative = probabilities.cumsum(-1) * (probabilities > 0)
+    return (cumulative > uniform[:, None] * cumulative.amax(-1, keepdim=True)).int().argmax(-1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torch_ref.processes import WAIT
 from torch_ref.spec.config import MESH_AXES
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.processes import Processes
@@ -69,7 +71,7 @@ def _own_group(processes: Processes, groups: Tensor) -> dist.ProcessGroup | None
         return None
     if groups.shape[1] == processes.count:
         return dist.group.WORLD
-    made = [dist.new_group(members) for members in groups.tolist()]
+    made = [dist.new_group(members, timeout=timedelta(seconds=WAIT)) for members in groups.tolist()]
     return next(group for group, members in zip(made, groups.tolist(), strict=True) if processes.index in members)
 
 
@@ -81,8 +83,10 @@ def shard_model(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
     fully_shard(model, mesh=mesh.fsdp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Shares of the objective add up: gradients are summed, where FSDP would take their mean.
+            # Shares of the objective add up: gradients are summed, where FSDP would take their mean. In float32 it
+            # would ask for a product and a sum in one, which gloo lacks, even where the factor is 1.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
     model.unshard()  # sets the parts up, which from then on stay where they are
     model.reshard()

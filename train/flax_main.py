@@ -56,6 +56,8 @@ def build(options: Options) -> tuple[Options, Backend]:
 
     keep_compiled_programs()
     device = resolve_device(options.device)
+    if device.platform != jax.default_backend():
+        jax.config.update("jax_default_device", device)  # weights on their way to it would lie on a GPU
     devices = jax.device_count(device.platform)
     memory = least(available_memory(device), device.platform)
     options = settle(options, default_dtype(device), memory, devices, device.platform == "gpu")

@@ -27,6 +27,7 @@ from parity_tests.support.backends import (
 from torch_ref.spec import storage
 from torch_ref.spec.checkpoint import DamagedCheckpoint
 from torch_ref.spec.interface import UserError
+from train.state.resume import restore_newest
 
 META = {"cursor": {"epoch": 1, "document": 7}, "loss": 3.25, "options": {"seed": 0, "run_dir": None}, "list": [1, 2.5]}
 
@@ -181,6 +182,27 @@ def test_damaged_and_absent_checkpoints_are_named(backend, tmp_path):
     largest.write_bytes(whole)
     backend.restore(path)
     assert_same(arrays(backend.state()), before)
+
+
+@pytest.mark.parametrize("reader", ["this process", "another one"])
+def test_what_one_process_cannot_read_is_damaged_for_all(backend, tmp_path, monkeypatch, reader):
+    """Else they would go on from different steps."""
+    run = tmp_path / "run"
+    paths = [backend.save(run / "checkpoints", name, META) for name in ("step_1", "step_2")]
+    backend.wait()
+    told = []
+
+    def agree(wishes):  # the first question is about step_2
+        told.append(wishes[0])
+        return lambda: [max(told[-1], reader == "another one" and len(told) == 1)]
+
+    monkeypatch.setattr(backend._checkpoints, "_agree", agree)
+    if reader == "this process":
+        largest = max([*paths[1].rglob("*"), paths[1]], key=lambda file: file.is_file() and file.stat().st_size)
+        largest.write_bytes(b"")
+    assert restore_newest(backend, run, [(1, paths[0]), (2, paths[1])], None) == (paths[0], META)
+    assert sum(told) == (reader == "this process")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [paths[0].name, f"{paths[1].name}.damaged"]
 
 
 def test_checkpoint_of_the_other_framework_is_refused(tmp_path):

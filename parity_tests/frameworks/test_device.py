@@ -12,7 +12,8 @@ from parity_tests.support.backends import CONFIG
 from torch_ref.spec import memory
 from torch_ref.spec.config import PRESETS, ComputeConfig
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.memory import choose_remat, host_memory_available, step_bytes
+from torch_ref.spec.memory import choose_remat, host_memory_available, step_bytes, step_parts
+from torch_ref.spec.parameters import count_parameters
 
 FULL = PRESETS["smol-774m"]
 
@@ -149,12 +150,43 @@ def test_flax_choices_on_gpus():
         device.resolve_compute(ComputeConfig("float64"), new, FULL)
 
 
+def test_the_cpu_that_was_asked_for_is_taken_where_jax_has_a_gpu(monkeypatch):
+    """Nothing is made on the GPU, and programs get around what XLA's CPU backend is slow at."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    from flax_model.cpu import on_cpu
+    from parity_tests.support.fakes import small_options
+    from train.flax_main import build
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("flax_model.compile_cache.keep_compiled_programs", lambda: None)
+    monkeypatch.setattr("flax_model.backend.FlaxBackend", lambda *settled: on_cpu())
+    before = jax.config.jax_default_device
+    assert not on_cpu()
+    try:
+        assert build(small_options(device="cpu"))[1]
+        assert jax.config.jax_default_device == jax.devices("cpu")[0]
+    finally:
+        jax.config.update("jax_default_device", before)
+
+
 def test_remat_is_the_cheapest_that_fits():
     sizes = PRESETS["smol-774m"], "float32", 1, 2048, 1
     off, experts, layers = (step_bytes(*sizes, remat) for remat in ("off", "experts", "layers"))
     assert off > experts > layers
     choices = [choose_remat(*sizes, available) for available in (None, off, off - 1, experts - 1, 0)]
     assert choices == ["off", "off", "experts", "layers", "layers"]
+
+
+def test_torch_holds_whole_gradients_between_micro_batches():
+    """They are summed over processes once a step; until then no process has a part of them alone."""
+
+    def gradients(micro_batches, framework, mesh=(1, 8, 1)):
+        return step_parts(FULL, "float32", 1, 128, micro_batches, "off", mesh, framework=framework)["gradients"]
+
+    whole = 4 * count_parameters(FULL)
+    assert gradients(2, "torch") == gradients(2, "torch", (1, 1, 1)) == whole
+    assert gradients(1, "torch") == gradients(1, "flax") == gradients(2, "flax") // 2 == whole // 8
 
 
 def test_a_backend_that_rematerialises_returns_freed_blocks():

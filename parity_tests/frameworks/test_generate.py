@@ -312,6 +312,8 @@ def transformers_model(tmp_path_factory):
         ([[160]], Sampling(), "vocabulary of 160"),
         ([[1]], Sampling(max_new_tokens=0), "--max-new-tokens 0: must be at least 1"),
         ([[1]], Sampling(temperature=0.0), "--temperature 0.0: .*--greedy"),
+        ([[1]], Sampling(temperature=1e-39), "--temperature 1e-39: must be at least 1e-06; --greedy"),
+        ([[1]], Sampling(temperature=float("nan")), "--temperature nan: must be at least"),
         ([[1]], Sampling(top_k=-1), "--top-k -1"),
         ([[1]], Sampling(top_p=1.5), "--top-p 1.5"),
         ([[1]], Sampling(min_p=-0.1), "--min-p -0.1"),

@@ -47,6 +47,22 @@ def samplers(request):
     return run(filter_logits), run(choose_token)
 
 
+@pytest.fixture
+def rounded_sums(request, monkeypatch):
+    """Cumulative sums of a framework with the rounding of a parallel one: off by 1e-7 here and there, not monotone."""
+    noise = 1 + 1e-7 * np.random.default_rng(5).standard_normal(VOCAB, dtype=np.float32)
+    if request.node.callspec.params["samplers"] == "torch":
+        import torch
+
+        plain = torch.Tensor.cumsum
+        monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, axis: plain(self, axis) * torch.from_numpy(noise))
+    else:
+        import jax.numpy as jnp
+
+        added = jnp.cumsum
+        monkeypatch.setattr(jnp, "cumsum", lambda array, axis: added(array, axis) * noise)
+
+
 def random_logits(rows: int = 6) -> np.ndarray:
     """Rows from flat to peaked."""
     scale = np.linspace(0.3, 4, rows, dtype=np.float32)[:, None]
@@ -121,6 +137,19 @@ def test_what_is_drawn_has_the_filtered_distribution(name, samplers):
     counts = np.bincount(tokens, minlength=VOCAB)
     assert np.abs(counts - draws * probability).max() < 1.1
     assert not counts[probability == 0].any()
+
+
+def test_a_token_that_was_filtered_out_is_never_drawn(samplers, rounded_sums):
+    """At numbers around those where one token that was kept ends and the next begins."""
+    logits = random_logits(3)[2:]
+    seen, sampling = np.zeros_like(logits, bool), Sampling(**{**OFF, "top_k": 9})
+    filtered = np.float64(samplers[0](logits, seen, sampling=sampling)[0])
+    probability = np.exp(filtered) / np.exp(filtered).sum()
+    ends = np.floor(np.cumsum(probability)[probability > 0] * 2**23)[:, None] + np.arange(-4, 5)
+    uniform = np.float32(ends.clip(0, 2**23 - 1).reshape(-1) / 2**23)
+    many = [np.repeat(array, len(uniform), 0) for array in (logits, seen)]
+    tokens = samplers[1](*many, uniform, sampling=sampling)
+    assert set(tokens) == set(np.flatnonzero(probability))
 
 
 def test_the_largest_number_still_finds_a_token(samplers):

@@ -2,6 +2,7 @@
 kernels take, the update that the device decides about, and the rotary table kept."""
 
 import warnings
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -216,6 +217,14 @@ def test_recorded_steps_are_the_steps_themselves(recording, monkeypatch, micro_b
     expected_state = arrays(expected.state())
     for name, tensor in arrays(made.state()).items():
         np.testing.assert_array_equal(tensor, expected_state[name], err_msg=name)
+
+
+def test_a_recording_keeps_the_rotary_table_that_it_reads(recording):
+    """An evaluation of another length replaces the model's; the memory would be another tensor's."""
+    made, _ = recorded(recording, 4, steps=1)
+    table = weakref.ref(made.model._rope[1].cos)
+    made.evaluate(*(tokens[:, :5] for tokens in batch(0)))
+    assert made.model._rope[1].cos is not table() is not None
 
 
 @pytest.mark.parametrize(

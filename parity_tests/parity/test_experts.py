@@ -51,7 +51,8 @@ def expert_gradients(framework, routing, path, remat):
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(
-    "path, remat", [("grouped", False), ("grouped", True), ("blocks", False), ("pallas", False), ("pallas", True)]
+    "path, remat",
+    [("grouped", False), ("grouped", True), ("blocks", False), ("blocks", True), ("pallas", False), ("pallas", True)],
 )
 def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path, remat):
     if path == "pallas" and framework == "torch":
@@ -67,6 +68,32 @@ def test_expert_paths_against_all_experts_on_all_tokens(framework, routing, path
     experts, chosen = ROUTINGS[routing]
     idle = sorted(set(range(experts)) - set(chosen.ravel().tolist()))
     assert all((gradient[idle] == 0).all() for gradient in got[3:])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_backward_pass_of_blocks_keeps_no_copies_of_weights(remat):
+    """Beside its arguments, the gate and up products (not with `remat`) and each choice's output, weighed and summed in
+    float32."""
+    torch = pytest.importorskip("torch")
+    from torch_ref import moe
+
+    tokens, topk, experts, hidden, ffn = 8, 2, 4, 48, 400
+    shapes = ((tokens, hidden), (tokens, topk), (experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn))
+    x, weights, *others = (torch.ones(shape, requires_grad=True) for shape in shapes)
+    routing = moe.Routing(torch.from_numpy(spread(tokens, experts)), weights, None)
+    held = {}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        moe.experts_blocks(x, routing, *others, remat)
+    arguments = {tensor.data_ptr() for tensor in (x, weights, *others)}
+    kept = sum(tensor.untyped_storage().nbytes() for at, tensor in held.items() if at not in arguments)
+    rows = moe.BLOCK * min(-(-tokens * topk // moe.BLOCK) + experts, experts * -(-tokens // moe.BLOCK))
+    products = 0 if remat else 4 * rows * 2 * ffn
+    assert products <= kept < products + 4 * (rows + 2 * tokens * topk) * hidden
 
 
 def kernel_gradients(dtype, path, hidden=32, ffn=48):

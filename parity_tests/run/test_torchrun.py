@@ -3,9 +3,11 @@ restarted with another number of them, and faults of communication show."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ pytest.importorskip("torch", reason="torchrun is torch's")
 
 import torch
 
-from parity_tests.support.processes import Started, differences, free_port, settings, started
+from parity_tests.support.processes import OF_A_LIBRARY, OF_A_PEER, Started, differences, free_port, settings, started
+from torch_ref.spec.processes import Processes
 from train.run.runlog import read_metrics
 
 BOUND = 1e-10
@@ -135,7 +138,6 @@ def test_torchrun_itself(folder: Path, straight: Path) -> None:
 
 
 FAULTS = {
-    "none": "pass",
     "gradients averaged": "sharding.FSDPModule.set_gradient_divide_factor = lambda module, factor: None",
     "gradients of copies not summed": "backend.sum_over = lambda tensors, group: None",
     "every process trains on all rows": "backend.Processes.rows = lambda self, total: slice(0, total // self.count)",
@@ -144,20 +146,48 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(
-    "fault", ["none", "gradients averaged", *[pytest.param(name, marks=pytest.mark.slow) for name in list(FAULTS)[2:]]]
+    "fault", ["gradients averaged", *[pytest.param(name, marks=pytest.mark.slow) for name in list(FAULTS)[1:]]]
 )
 def test_a_fault_of_communication_shows(folder: Path, straight: Path, fault: str) -> None:
-    """In the first two steps of a run as long as its warm-up, which has the learning rates of the whole one."""
     program = f"from torch_ref import backend, sharding; {FAULTS[fault]}; {MAIN}"
     mesh = "data=2" if "copies" in fault else "fsdp=2"
-    with several(folder, 2, "--mesh", mesh, "--steps", "3", "--extended-steps", "0", program=program) as run:
+    assert first_steps_differ(folder, straight, "--mesh", mesh, program=program) > 1e-4
+
+
+def test_split_models_train_in_float32_too(folder: Path, straight: Path) -> None:
+    """Gloo lacks what FSDP takes there to sum gradients. Off by float32's rounding."""
+    assert first_steps_differ(folder, straight, "--mesh", "fsdp=2", "--dtype", "float32") < 1e-5
+
+
+def first_steps_differ(folder: Path, straight: Path, *argv: str, program: str = MAIN) -> float:
+    """By how much two processes are off in the first two steps of a run as long as its warm-up, which has the learning
+    rates of the whole one."""
+    with several(folder, 2, *argv, "--steps", "3", "--extended-steps", "0", program=program) as run:
         assert run.codes() == [0, 0], run.said(0)
     ours, theirs = ([r for r in read_metrics(each) if r["kind"] == "step"][:2] for each in (run.run_dir, straight))
     assert [one["learning_rate"] for one in ours] == [two["learning_rate"] for two in theirs]
-    worst = max(
+    return max(
         abs(one[name] / two[name] - 1) for one, two in zip(ours, theirs, strict=True) for name in ("loss", "grad_norm")
     )
-    assert worst < BOUND if fault == "none" else worst > 1e-4
+
+
+def test_all_groups_wait_for_a_process_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself a group waits half an hour, or on GPUs ten minutes, whatever that of all processes does."""
+    from torch_ref import processes, sharding
+
+    made = []
+    monkeypatch.setattr(sharding.dist, "new_group", lambda members, timeout: made.append((members, timeout)))
+    sharding.make_mesh(Processes(4, 0), (2, 2, 1), torch.device("cpu"))
+    wait = timedelta(seconds=processes.WAIT)
+    assert made == [(members, wait) for members in ([0, 2], [1, 3], [0, 1], [2, 3])]
+
+
+@pytest.mark.parametrize("package", ["torch_ref", "flax_model"])
+def test_what_tells_of_another_process_and_nothing_else_is_put_down_to_it(package: str) -> None:
+    pytest.importorskip({"torch_ref": "torch", "flax_model": "jax"}[package])
+    lost = importlib.import_module(f"{package}.processes").LOST
+    put_down = [message for message in OF_A_PEER + OF_A_LIBRARY if any(word in message for word in lost)]
+    assert put_down == list(OF_A_PEER)
 
 
 @pytest.mark.slow

@@ -21,6 +21,24 @@ from train.run.runlog import read_metrics
 REPOSITORY = Path(__file__).parents[2]
 MAIN = "import sys; from train.flax_main import main; sys.exit(main())"
 STEPS, MORE = 10, 2
+OF_A_PEER = (
+    "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2131",
+    "[gloo/transport/tcp/pair.cc:511] Read error [127.0.0.1]:2131: Connection reset by peer",
+    "[gloo/transport/tcp/pair.cc:242] Write error [127.0.0.1]:2131: Broken pipe",
+    "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3600000ms for recv operation to complete",
+    "[gloo/transport/tcp/pair.cc:144] Application timeout caused pair closure",
+    "NCCL error in: NCCLUtils.cpp:89, remote process exited or there was a network error, NCCL version 2.29.3",
+    "NCCL error in: NCCLUtils.hpp:268, internal error\nLast error:\nNet : Connection closed by remote peer h<43236>",
+    "NCCL communicator was aborted on rank 0.",
+)
+"""What gloo and NCCL say where another process ends, or hangs."""
+OF_A_LIBRARY = (
+    "Cannot use ReduceOp.PREMUL_SUM with Gloo",
+    "[enforce fail at gloo/types.h:71] . buffers of different size",
+    "NCCL error in: NCCLUtils.cpp:89, unhandled cuda error: Failed to CUDA calloc 6291456 bytes",
+    "NCCL error in: ProcessGroupNCCL.cpp:1331, invalid usage: Duplicate GPU detected",
+)
+"""What they say of what is wrong in this process."""
 
 
 def cpu_devices(count: int) -> dict[str, str]:

@@ -21,6 +21,7 @@ import xxhash
 
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.processes import Agree
 from torch_ref.spec.storage import checksum, described, first_line
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,19 @@ def read_errors(path: Path, *unreadable: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except Exception as error:
         raise DamagedCheckpoint(path, error) from error
+
+
+@contextmanager
+def read_by_all(path: Path, agree: Agree) -> Iterator[None]:
+    """What one process cannot read is damaged for all: raises `DamagedCheckpoint` where the block raises `UserError`
+    in another one."""
+    try:
+        yield
+    except UserError:
+        agree([1])()
+        raise
+    if agree([0])()[0]:
+        raise DamagedCheckpoint(path, "another process cannot read it")
 
 
 # ----------------------------------------------------------------------------------------------------------- names

@@ -8,12 +8,16 @@ from jaxtyping import Float32, Int32
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import Sampling, UserError
 
+LEAST_TEMPERATURE = 1e-6
+"""The most likely token is drawn long before; at far lower ones scores overflow in float32."""
+
 
 def check_request(prompts: list[list[int]], sampling: Sampling, config: ModelConfig) -> None:
     """Raise `UserError`, before any work, for a request that cannot be met."""
+    greedy = "--greedy takes the most likely token"
     rules = (
         ("max_new_tokens", sampling.max_new_tokens >= 1, "must be at least 1"),
-        ("temperature", sampling.temperature > 0, "must be above 0; --greedy takes the most likely token"),
+        ("temperature", sampling.temperature >= LEAST_TEMPERATURE, f"must be at least {LEAST_TEMPERATURE}; {greedy}"),
         ("top_k", sampling.top_k >= 0, "must be at least 0, which turns it off"),
         ("top_p", 0 <= sampling.top_p <= 1, "must be from 0 to 1, which turns it off"),
         ("min_p", 0 <= sampling.min_p <= 1, "must be from 0, which turns it off, to 1"),

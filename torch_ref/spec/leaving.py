@@ -15,6 +15,11 @@ from torch_ref.spec.storage import first_line
 
 ENDED = "{} has ended or cannot be reached, so this one ends too; the same command goes on from the latest checkpoint"
 
+CLOSED = ("Connection closed", "Connection reset", "Connection refused", "Connection timed out", "Broken pipe")
+CLOSED += ("Socket closed", "Timed out waiting", "timed out connecting", "Connect timeout", "caused pair closure")
+CLOSED += ("remote process exited", "communicator was aborted", "operation timeout", "heartbeat", "Heartbeat")
+"""In errors of gloo and NCCL that tell of another process. Their own names stand in errors of every kind."""
+
 
 def leave(error: BaseException, processes: Processes = ALONE, lost: Sequence[str] = ()) -> NoReturn:
     """Say what is wrong, and end without a word to the others, which what is usually tidied up would wait for. `lost`

@@ -103,7 +103,9 @@ def step_parts(
     if flax and micro_batches > 1:  # and the sum that it is added to, before and after
         at_work += embedding * wide
 
-    gradients = parameters * wide * (2 if flax and micro_batches > 1 else 1)
+    gradients = parameters * wide
+    if micro_batches > 1:  # torch sums whole ones before it splits them (`begin_step` in torch_ref/backend.py)
+        gradients = 2 * gradients if flax else whole * wide
     activations = tokens * (kept + kept_routed * narrow)
     if not flax and not on_gpu and remat != "off" and micro_batches == 1:
         activations = max(0, activations - gradients)  # freed blocks go back to the system: see torch_ref/cpu.py
