@@ -154,6 +154,7 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--checkpoint-minutes", "nan"], "--checkpoint-minutes nan: must be a number of minutes"),
         (["--extended-steps", "-1"], "--extended-steps -1: must not be negative"),
         (["--learning-rate", "nan"], "--learning-rate nan: must be a number above 0"),
+        (["--temperature", "1e-9"], "--temperature 1e-09: must be a number from 1e-06 on"),
         (["--learning-rate", "inf"], "--learning-rate inf"),
         (["--grad-clip", "0"], "--grad-clip 0.0"),
         (["--beta2", "1"], "--beta2 1.0: must be at least 0 and below 1"),

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_type_hints
 import tomli_w
 
 from torch_ref.spec.config import MESH_AXES, PRESETS, ComputeConfig, ModelConfig
+from torch_ref.spec.decoding import LEAST_TEMPERATURE
 from torch_ref.spec.interface import OptimizerConfig, Sampling, UserError
 from torch_ref.spec.storage import user_path
 from train.data.options import CorpusOptions, DataOptions
@@ -198,8 +199,10 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             self._require(getattr(self, name) >= 1, SETTING.get(name, name), "must be at least 1")
         for name in not_negative.split():
             self._require(getattr(self, name) >= 0, name, "must not be negative")
-        for name in "learning_rate grad_clip eps temperature".split():
+        for name in "learning_rate grad_clip eps".split():
             self._require(0 < getattr(self, name) < math.inf, name, "must be a number above 0")
+        least = LEAST_TEMPERATURE
+        self._require(least <= self.temperature < math.inf, "temperature", f"must be a number from {least:g} on")
         if self.decay_steps != "auto":
             self._require(self.lr_schedule == "wsd", "decay_steps", "only --lr-schedule wsd holds the rate before it")
             self._require(1 <= self.decay_steps <= self.steps, "decay_steps", f"must be from 1 to --steps {self.steps}")
