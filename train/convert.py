@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"  {engine}")
     if (arguments.target / "checkpoints").is_dir():
         main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
-        # Not by its settings.toml: those of earlier versions hold what `auto` chose for the devices that the run leaves.
+        # Not by its settings.toml: that of an earlier version holds what `auto` chose for the devices it leaves.
         print(f"Go on with: python -m {main_module} --resume-from {arguments.target} --run-dir {arguments.target}")
     return COMPLETE
 
