@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 from pathlib import Path
@@ -30,6 +31,10 @@ from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read
 ARGUMENTS = (
     "--preset small-warm --seq-len 64 --fit-rows 32 --fit-steps 25 --distill-steps 40 --distill-batch 4 "
     "--distill-learning-rate 1e-3 --measure-tokens 8000 --measure-lengths 64 128"
+).split()
+
+QUICK = (
+    "--fit-rows 4 --fit-steps 0 --distill-steps 2 --distill-batch 1 --measure-tokens 400 --measure-lengths 64"
 ).split()
 
 
@@ -175,6 +180,29 @@ def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tm
         np.testing.assert_array_equal(value, import_folder(warm)[1][row.name], err_msg=row.name)
 
 
+def test_a_disk_too_full_for_the_picture_leaves_no_folder_without_it(teacher, tmp_path, monkeypatch, capsys):
+    """And whoever goes on with other lengths gets the losses at those."""
+    out = tmp_path / "model"
+    arguments = [*arguments_for(teacher, out), *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", stopping(OSError(errno.ENOSPC, "No space left")))
+        assert warm_start.main(arguments) == 2
+    assert not out.exists()
+    assert "warm_start.png: no space left" in capsys.readouterr().err.splitlines()[-1]
+    assert warm_start.main([*arguments, "--measure-lengths", "128"]) == 0
+    for by_text in read_json(out / "warm_start.json")["losses"].values():
+        assert [list(by_length) for by_length in by_text.values()] == [["128"]]
+    assert (out / "warm_start.png").exists() and (out / "model.safetensors").exists()
+    assert [left.name for left in tmp_path.iterdir()] == ["model"]
+
+
+def stopping(stop: BaseException):
+    def function(*_, **__):
+        raise stop
+
+    return function
+
+
 @pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
 def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     from train.warm_start.fit import _divergence
@@ -311,10 +339,7 @@ def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, 
     assert warm_start.main(arguments_for(teacher, warm)) == 2
     assert "exists already" in capsys.readouterr().err
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(warm_stages, "fit_attention", interrupt)
+    monkeypatch.setattr(warm_stages, "fit_attention", stopping(KeyboardInterrupt()))
     arguments = arguments_for(teacher, tmp_path / "model")
     assert warm_start.main(arguments) == 130
     assert warm_start.main([*arguments, "--fit-rows", "16"]) == 2

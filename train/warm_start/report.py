@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from torch_ref.spec.storage import write_errors
+
 
 def print_tables(report: dict, console: Console) -> None:
     """Losses after each stage and, of the layers, the least, median and largest error."""
@@ -56,4 +58,5 @@ def draw(report: dict, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     by_stage.legend(frameon=False)
     by_layer.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    with write_errors(file):
+        figure.savefig(file, dpi=120)
