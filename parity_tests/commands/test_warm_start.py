@@ -196,6 +196,16 @@ def test_a_disk_too_full_for_the_picture_leaves_no_folder_without_it(teacher, tm
     assert [left.name for left in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_distillation_goes_on_in_its_own_precision_only(teacher, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    monkeypatch.setattr(warm_stages, "mlp_inputs", stopping(KeyboardInterrupt()))  # when the distilled is measured
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        assert warm_start.main([*arguments_for(teacher, out), *QUICK, "--compute", precision]) == 130
+        losses.append(read_json(tmp_path / "model.partial" / "losses-distilled.json")["losses"])
+    assert losses[0] != losses[1]
+
+
 def stopping(stop: BaseException):
     def function(*_, **__):
         raise stop

@@ -117,7 +117,8 @@ class Stages:
         if options.distill_steps:
             with self.timed("distillation"):
                 self.distill(model, Rows(*(part[options.fit_rows :] for part in rows)))
-            made_by = " ".join(f"{name}={value}" for name, value in vars(options).items() if "distill" in name)
+            names = [name for name in vars(options) if "distill" in name or name == "compute"]
+            made_by = " ".join(f"{name}={getattr(options, name)}" for name in names)
             self.measure("distilled", texts, self.hidden_of(model), model.embed_tokens.weight, made_by)
 
         inputs = mlp_inputs(model, rows.inputs[:CALIBRATION_ROWS], self.compute)
