@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import io
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.huggingface import import_folder
@@ -26,6 +28,7 @@ transformers = pytest.importorskip("transformers", reason="the old model is read
 from parity_tests.support.warm import COMPUTE, SMALL, THETA, largest_error, torch_logits, torch_model  # noqa: E402
 from train.warm_start import __main__ as warm_start  # noqa: E402
 from train.warm_start import stages as warm_stages  # noqa: E402
+from train.warm_start.report import print_tables  # noqa: E402
 from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read_teacher  # noqa: E402
 
 ARGUMENTS = (
@@ -262,6 +265,12 @@ def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
     assert changed == {
         name for name in before if "attention" in name or "norm" in name or ("mlp" in name and mlp_rate > 0)
     }
+
+
+def test_brackets_in_a_texts_name_are_in_the_tables_column():
+    console = Console(file=io.StringIO(), width=100)
+    print_tables({"losses": {"original": {"news[lang=en].jsonl": {"64": 2.5}}}, "layers": []}, console)
+    assert "news[lang=en].jsonl" in console.file.getvalue()
 
 
 # Refusals
