@@ -8,7 +8,9 @@ import errno
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,6 +336,7 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--diversity", "1.5"], "--diversity 1.5"),
         (["--seq-len", "4096"], "--seq-len 4096: must be from 2 to"),
         (["--fit-rows", "many"], "fit-rows"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--fit-learning-rate", "-1"], "--fit-learning-rate -1.0: must be at least 0"),
         (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
@@ -344,6 +347,13 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, capsys, arguments, message)
     assert warm_start.main([*given, *arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and message in said and "\n" not in said
+
+
+def test_the_current_folder_is_refused(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("."), tmp_path):
+        assert warm_start.main(arguments_for(teacher, out)) == 2
+        assert capsys.readouterr().err == f"error: --out {out}: is the current folder; name a new one\n"
 
 
 def test_a_text_to_measure_on_without_text_is_refused(teacher, tmp_path, capsys):
@@ -387,3 +397,27 @@ def test_a_gguf_files_own_tokenizer(tmp_path):
     assert [tokenizer.decode([number]) for number in tokenizer.encode("the 1984")][-4:] == list("1984")
     assert tokenizer.decode(tokenizer.encode("the  é 1984")) == "the  é 1984"
     assert json.loads(tokenizer.definition)["added_tokens"][0]["content"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "its tokenizer is no byte-level BPE"),
+        ({"pre": None}, "has no tokenizer.ggml.pre"),
+        ({"merges": None}, "has no tokenizer.ggml.merges"),
+    ],
+)
+def test_a_gguf_file_whose_tokenizer_cannot_be_had_is_refused(monkeypatch, changes, message):
+    from train.warm_start.teacher import _gguf_tokenizer
+
+    stored = {"model": "gpt2", "pre": "smollm", "tokens": ["a"], "merges": [], "token_type": [1]} | changes
+    fields = {
+        f"tokenizer.ggml.{name}": SimpleNamespace(contents=lambda value=value: value)
+        for name, value in stored.items()
+        if value is not None
+    }
+    reader = SimpleNamespace(fields=fields)
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFReader=lambda path: reader))
+    with pytest.raises(UserError) as error:
+        _gguf_tokenizer(Path("old.gguf"))
+    assert str(error.value) == f"--from old.gguf: {message}; name the model's transformers folder instead"
