@@ -87,7 +87,7 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
         for length in lengths:
             if not 2 <= length <= config.max_position:
                 raise UserError(f"{name} {length}: must be from 2 to the model's max_position = {config.max_position}")
-    if options.out.resolve() == Path.cwd():  # the folder made takes its place, and whoever stands in it is nowhere
+    if options.out.resolve() == Path.cwd():  # replaced, it would leave the shell in a removed one
         raise UserError(f"--out {options.out}: is the current folder; name a new one")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"--out {options.out}: exists already; name a new folder")
