@@ -60,7 +60,7 @@ class EvaluateOptions(ModelOptions):
     document_bytes: int = 0
     """Cut text files into documents of at most so many bytes; 0: a file is a document."""
     seq_len: int | None = None
-    """Length of the longest row; None: the model's context."""
+    """Length of the longest row, of texts and of questions with a choice; None: the model's context."""
 
 
 @dataclass(frozen=True)
@@ -140,26 +140,22 @@ class Accuracy:
         )
 
 
-def answer(model: TrainedModel, questions: Sequence[Question]) -> Accuracy:
-    """The accuracy of a model on multiple-choice questions.
-
-    Raises `UserError` where there are none.
-    """
-    if not questions:
-        raise UserError("--benchmark: no question in there")
+def answer(model: TrainedModel, questions: Sequence[Question], seq_len: int) -> Accuracy:
+    """The accuracy of a model on multiple-choice questions, at least one, in rows of at most `seq_len` tokens."""
     right = np.zeros(2)
-    for question, likelihoods in zip(questions, likelihoods_of(model, questions), strict=True):
+    for question, likelihoods in zip(questions, likelihoods_of(model, questions, seq_len), strict=True):
         per_character = likelihoods / [len(choice) for choice in question.choices]
         right += np.array([likelihoods.argmax(), per_character.argmax()]) == question.answer
     return Accuracy(len(questions), *(right / len(questions)).tolist())
 
 
-def likelihoods_of(model: TrainedModel, questions: Sequence[Question]) -> list[Float64[np.ndarray, " choices"]]:
+def likelihoods_of(
+    model: TrainedModel, questions: Sequence[Question], seq_len: int
+) -> list[Float64[np.ndarray, " choices"]]:
     """The log-likelihoods of each question's choices, in nats."""
-    longest = model.config.max_position
-    rows = [choice_row(model.tokenizer, each.context, choice, longest) for each in questions for choice in each.choices]
+    rows = [choice_row(model.tokenizer, each.context, choice, seq_len) for each in questions for choice in each.choices]
     likelihoods = np.zeros(len(rows))
-    for numbers, batch in batches(rows, longest):
+    for numbers, batch in batches(rows, seq_len):
         likelihoods[numbers] = -model.losses(*batch)[: len(numbers)]
     return np.split(likelihoods, np.cumsum([len(question.choices) for question in questions])[:-1])
 
@@ -250,8 +246,11 @@ def main(argv: Sequence[str]) -> int:
         for name, files in named.items()
     }
     benchmarks = [(file, list(read_questions(file))) for file in options.benchmark]
+    for file, questions in benchmarks:
+        if not questions:
+            raise UserError(f"--benchmark {file}: no question in there")
     model = options.open()
-    seq_len = options.seq_len or model.config.max_position
+    seq_len = model.config.max_position if options.seq_len is None else options.seq_len
     if not 1 <= seq_len <= model.config.max_position:
         raise UserError(f"--seq-len {seq_len}: must be from 1 to the model's context of {model.config.max_position}")
     print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
@@ -262,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
         named_by = f"{source.option} {name}={named[name]}"
         print(f"{name}: {evaluate(model, read_documents([source], model.tokenizer), seq_len, named_by)}")
     for file, questions in benchmarks:
-        print(f"{file.name}: {answer(model, questions)}")
+        print(f"{file.name}: {answer(model, questions, seq_len)}")
     return COMPLETE
 
 

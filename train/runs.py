@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
@@ -100,7 +101,7 @@ def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
         table.add_column(name, justify="right")
     table.add_column("state")
     for run in runs:
-        table.add_row(
+        cells = (
             str(run.folder.relative_to(root)) if run.folder != root else run.folder.name,
             run.preset,
             f"{run.step} / {run.steps}" if run.steps else str(run.step),
@@ -110,6 +111,7 @@ def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
             size_in_words(run.size),
             run.state,
         )
+        table.add_row(*map(Text, cells))  # as a string, brackets in a name would be taken for markup
     return table
 
 

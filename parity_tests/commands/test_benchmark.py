@@ -155,12 +155,10 @@ def test_what_of_a_choice_is_scored(context, choice, inputs, scored):
 def test_accuracies_are_those_of_the_likeliest_choices(monkeypatch):
     questions = [Question("", ("a", "bbbb"), 0), Question("", ("a", "bbbb"), 1), Question("", ("a", "b"), 0)]
     found = [np.array([-2.0, -3.0]), np.array([-2.0, -3.0]), np.array([-1.0, -4.0])]
-    monkeypatch.setattr(evaluation, "likelihoods_of", lambda model, questions: found)
-    accuracy = answer(None, questions)
+    monkeypatch.setattr(evaluation, "likelihoods_of", lambda model, questions, seq_len: found)
+    accuracy = answer(None, questions, 128)
     assert (accuracy.plain, accuracy.normalised) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert str(accuracy) == "Accuracy: 0.6667 +- 0.3333 | Normalised by length: 0.6667 +- 0.3333 (3 questions)"
-    with pytest.raises(UserError, match="--benchmark: no question"):
-        answer(None, [])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -169,7 +167,7 @@ def test_both_frameworks_find_the_same_likelihoods(folder, tmp_path, layout):
     pytest.importorskip("jax")
     questions = list(read_questions(write_set(tmp_path, layout)))
     torch, flax = (
-        np.concatenate(likelihoods_of(open_trained(folder, name, device="cpu"), questions))
+        np.concatenate(likelihoods_of(open_trained(folder, name, device="cpu"), questions, MODEL.max_position))
         for name in ("torch", "flax")
     )
     assert len(torch) == sum(len(question.choices) for question in questions) and (torch < -1).all()
@@ -181,7 +179,7 @@ def test_likelihoods_are_those_of_every_choice_alone(folder, tmp_path):
     pytest.importorskip("torch")
     model = open_trained(folder, "torch", device="cpu")
     questions = list(read_questions(write_set(tmp_path, "arc")))
-    together = likelihoods_of(model, questions)
+    together = likelihoods_of(model, questions, MODEL.max_position)
     for question, likelihoods in zip(questions[:6], together, strict=False):
         for choice, likelihood in zip(question.choices, likelihoods, strict=True):
             inputs, targets = choice_row(model.tokenizer, question.context, choice, MODEL.max_position)
@@ -191,14 +189,22 @@ def test_likelihoods_are_those_of_every_choice_alone(folder, tmp_path):
 def test_benchmark_command(folder, tmp_path, capsys):
     pytest.importorskip("torch")
     file = write_set(tmp_path, "piqa")
-    assert evaluation.main([str(folder), "--framework", "torch", "--benchmark", str(file)]) == 0
+    arguments = [str(folder), "--framework", "torch", "--benchmark", str(file)]
+    assert evaluation.main(arguments) == 0
     out = capsys.readouterr().out
-    accuracy = answer(open_trained(folder, "torch", device="cpu"), list(read_questions(file)))
+    model, questions = open_trained(folder, "torch", device="cpu"), list(read_questions(file))
+    accuracy = answer(model, questions, MODEL.max_position)
     assert out == f"piqa.jsonl: {accuracy}\n" and "(20 questions)" in out and not math.isnan(accuracy.plain)
+    assert evaluation.main([*arguments, "--seq-len", "8"]) == 0
+    shorter = capsys.readouterr().out
+    assert shorter == f"piqa.jsonl: {answer(model, questions, 8)}\n" != out
     assert evaluation.main([str(folder)]) == 2
     assert capsys.readouterr().err == "error: --data, --validation-dataset or --benchmark: name the files to score\n"
     assert evaluation.main([str(folder), "--benchmark", str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
+    (empty := tmp_path / "empty.jsonl").write_text("\n")
+    assert evaluation.main([*arguments, str(empty)]) == 2
+    assert capsys.readouterr().err == f"error: --benchmark {empty}: no question in there\n"
 
 
 @pytest.mark.parametrize(("layout", "task"), [("hellaswag", "hellaswag"), ("arc", "arc_easy"), ("piqa", "piqa")])
@@ -225,9 +231,9 @@ def test_the_harness_finds_the_same(folder, tmp_path, layout, task):
     )
     model, questions = open_trained(folder, "torch", device="cpu"), list(read_questions(file))
     samples = sorted(result["samples"]["ours"], key=lambda sample: sample["doc_id"])
-    for likelihoods, sample in zip(likelihoods_of(model, questions), samples, strict=True):
+    for likelihoods, sample in zip(likelihoods_of(model, questions, MODEL.max_position), samples, strict=True):
         theirs = [float(response[0][0]) for response in sample["resps"]]
         np.testing.assert_allclose(likelihoods, theirs, rtol=1e-4)
-    accuracy, scores = answer(model, questions), result["results"]["ours"]
+    accuracy, scores = answer(model, questions, MODEL.max_position), result["results"]["ours"]
     assert accuracy.plain == pytest.approx(scores["acc,none"])
     assert accuracy.normalised == pytest.approx(scores["acc_norm,none"])

@@ -149,6 +149,7 @@ def test_chats_are_scored_as_the_tokenizer_writes_them(folder, tmp_path, capsys)
     [
         (["--data", "no/such/file.txt"], "--data no/such/file.txt"),
         (["--document-bytes", "255"], "--document-bytes 255: must be 0 or from 256"),
+        (["--seq-len", "0"], "--seq-len 0: must be from 1 to the model's context of 128"),
         (["--seq-len", "129"], "--seq-len 129: must be from 1 to the model's context of 128"),
         (["--step", "3"], "--step 3"),
         (["--tokenizer", "no/such/folder"], "--tokenizer no/such/folder"),

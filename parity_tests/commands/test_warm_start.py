@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import io
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.huggingface import import_folder
@@ -25,11 +30,16 @@ transformers = pytest.importorskip("transformers", reason="the old model is read
 from parity_tests.support.warm import COMPUTE, SMALL, THETA, largest_error, torch_logits, torch_model  # noqa: E402
 from train.warm_start import __main__ as warm_start  # noqa: E402
 from train.warm_start import stages as warm_stages  # noqa: E402
+from train.warm_start.report import print_tables  # noqa: E402
 from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read_teacher  # noqa: E402
 
 ARGUMENTS = (
     "--preset small-warm --seq-len 64 --fit-rows 32 --fit-steps 25 --distill-steps 40 --distill-batch 4 "
     "--distill-learning-rate 1e-3 --measure-tokens 8000 --measure-lengths 64 128"
+).split()
+
+QUICK = (
+    "--fit-rows 4 --fit-steps 0 --distill-steps 2 --distill-batch 1 --measure-tokens 400 --measure-lengths 64"
 ).split()
 
 
@@ -175,6 +185,39 @@ def test_an_interrupted_conversion_goes_on_with_the_next_layer(teacher, warm, tm
         np.testing.assert_array_equal(value, import_folder(warm)[1][row.name], err_msg=row.name)
 
 
+def test_a_disk_too_full_for_the_picture_leaves_no_folder_without_it(teacher, tmp_path, monkeypatch, capsys):
+    """And whoever goes on with other lengths gets the losses at those."""
+    out = tmp_path / "model"
+    arguments = [*arguments_for(teacher, out), *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", stopping(OSError(errno.ENOSPC, "No space left")))
+        assert warm_start.main(arguments) == 2
+    assert not out.exists()
+    assert "warm_start.png: no space left" in capsys.readouterr().err.splitlines()[-1]
+    assert warm_start.main([*arguments, "--measure-lengths", "128"]) == 0
+    for by_text in read_json(out / "warm_start.json")["losses"].values():
+        assert [list(by_length) for by_length in by_text.values()] == [["128"]]
+    assert (out / "warm_start.png").exists() and (out / "model.safetensors").exists()
+    assert [left.name for left in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_distillation_goes_on_in_its_own_precision_only(teacher, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    monkeypatch.setattr(warm_stages, "mlp_inputs", stopping(KeyboardInterrupt()))  # when the distilled is measured
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        assert warm_start.main([*arguments_for(teacher, out), *QUICK, "--compute", precision]) == 130
+        losses.append(read_json(tmp_path / "model.partial" / "losses-distilled.json")["losses"])
+    assert losses[0] != losses[1]
+
+
+def stopping(stop: BaseException):
+    def function(*_, **__):
+        raise stop
+
+    return function
+
+
 @pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
 def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     from train.warm_start.fit import _divergence
@@ -224,6 +267,12 @@ def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
     assert changed == {
         name for name in before if "attention" in name or "norm" in name or ("mlp" in name and mlp_rate > 0)
     }
+
+
+def test_brackets_in_a_texts_name_are_in_the_tables_column():
+    console = Console(file=io.StringIO(), width=100)
+    print_tables({"losses": {"original": {"news[lang=en].jsonl": {"64": 2.5}}}, "layers": []}, console)
+    assert "news[lang=en].jsonl" in console.file.getvalue()
 
 
 # Refusals
@@ -287,6 +336,7 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--diversity", "1.5"], "--diversity 1.5"),
         (["--seq-len", "4096"], "--seq-len 4096: must be from 2 to"),
         (["--fit-rows", "many"], "fit-rows"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--fit-learning-rate", "-1"], "--fit-learning-rate -1.0: must be at least 0"),
         (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
@@ -297,6 +347,13 @@ def test_mistakes_end_in_one_line(teacher, tmp_path, capsys, arguments, message)
     assert warm_start.main([*given, *arguments]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and message in said and "\n" not in said
+
+
+def test_the_current_folder_is_refused(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("."), tmp_path):
+        assert warm_start.main(arguments_for(teacher, out)) == 2
+        assert capsys.readouterr().err == f"error: --out {out}: is the current folder; name a new one\n"
 
 
 def test_a_text_to_measure_on_without_text_is_refused(teacher, tmp_path, capsys):
@@ -311,10 +368,7 @@ def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, 
     assert warm_start.main(arguments_for(teacher, warm)) == 2
     assert "exists already" in capsys.readouterr().err
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(warm_stages, "fit_attention", interrupt)
+    monkeypatch.setattr(warm_stages, "fit_attention", stopping(KeyboardInterrupt()))
     arguments = arguments_for(teacher, tmp_path / "model")
     assert warm_start.main(arguments) == 130
     assert warm_start.main([*arguments, "--fit-rows", "16"]) == 2
@@ -343,3 +397,27 @@ def test_a_gguf_files_own_tokenizer(tmp_path):
     assert [tokenizer.decode([number]) for number in tokenizer.encode("the 1984")][-4:] == list("1984")
     assert tokenizer.decode(tokenizer.encode("the  é 1984")) == "the  é 1984"
     assert json.loads(tokenizer.definition)["added_tokens"][0]["content"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "its tokenizer is no byte-level BPE"),
+        ({"pre": None}, "has no tokenizer.ggml.pre"),
+        ({"merges": None}, "has no tokenizer.ggml.merges"),
+    ],
+)
+def test_a_gguf_file_whose_tokenizer_cannot_be_had_is_refused(monkeypatch, changes, message):
+    from train.warm_start.teacher import _gguf_tokenizer
+
+    stored = {"model": "gpt2", "pre": "smollm", "tokens": ["a"], "merges": [], "token_type": [1]} | changes
+    fields = {
+        f"tokenizer.ggml.{name}": SimpleNamespace(contents=lambda value=value: value)
+        for name, value in stored.items()
+        if value is not None
+    }
+    reader = SimpleNamespace(fields=fields)
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFReader=lambda path: reader))
+    with pytest.raises(UserError) as error:
+        _gguf_tokenizer(Path("old.gguf"))
+    assert str(error.value) == f"--from old.gguf: {message}; name the model's transformers folder instead"

@@ -209,6 +209,15 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
 
 
+def test_brackets_in_a_runs_name_are_listed(shelf: Path, capsys: pytest.CaptureFixture) -> None:
+    (shelf / "x[").mkdir()
+    (shelf / "a-torch").rename(shelf / "x[" / "y]")
+    (shelf / "b-flax").rename(shelf / "lr[a=3e-4]")
+    assert main([str(shelf)]) == 0
+    shown = capsys.readouterr().out
+    assert "lr[a=3e-4] " in shown and "x[/y] " in shown
+
+
 def test_metrics_that_cannot_be_read_are_one_line(
     shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

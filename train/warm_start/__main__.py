@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from torch_ref.spec.config import PRESETS, ModelConfig
+from torch_ref.spec.huggingface import export_folder
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import write_json
+from torch_ref.spec.storage import fresh_folder, write_json
 from train.data.feed import Data, open_data
 from train.data.tokenizer import load_tokenizer
 from train.shell import COMPLETE, parse_flags, shell
@@ -52,10 +53,22 @@ def warm_start(options: WarmStartOptions, config: ModelConfig, console: Console)
     data = open_data(data_options(options, config, work), work.folder / "data", resume=work.begun)
     work.claim(_identity(options, config, teacher, data))
 
-    report = Stages(options, config, teacher, tokenizer, data, work, console).run()
+    stages = Stages(options, config, teacher, tokenizer, data, work, console)
+    values, report = stages.run(), stages.report
     print_tables(report, console)
-    draw(report, options.out / PLOT)
-    write_json(options.out / REPORT, report)
+    draw(report, work.folder / PLOT)
+    write_json(work.folder / REPORT, report)
+    with fresh_folder(options.out) as folder:  # whole or not at all: a folder without its report could not be mended
+        export_folder(
+            folder,
+            config,
+            values,
+            dtype=options.dtype,
+            tokenizer=work.folder / "tokenizer",
+            end_of_text=tokenizer.eot_id,
+        )
+        for name in (PLOT, REPORT):
+            (work.folder / name).rename(folder / name)
     work.remove()
     return report
 

@@ -197,7 +197,7 @@ def distill(
 
     The embedding stays as it is, and so do MLPs unless they have a learning rate: they hold what the teacher knows, and
     are not what was replaced. The file `saved` holds the state after every `SAVE_STEPS` steps, from which a later call
-    with the same settings goes on."""
+    with the same settings and precision goes on."""
     import torch
 
     (steps, batch, attention_rate), mlp_rate, text_weight = settings
@@ -209,7 +209,7 @@ def distill(
     groups = [{"params": [parameter], "peak": peaks[_kind(name)]} for name, parameter in trained.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     divergences: list[float] = []
-    identity = [steps, batch, attention_rate, mlp_rate, text_weight]
+    identity = [steps, batch, attention_rate, mlp_rate, text_weight, compute.dtype]
     if saved.exists() and (state := load(saved))["settings"] == identity:
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])

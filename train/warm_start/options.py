@@ -72,7 +72,7 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     rates = "fit_learning_rate", "distill_learning_rate", "distill_mlp_learning_rate"
-    for name in ("fit_steps", "distill_steps", *rates):
+    for name in ("fit_steps", "distill_steps", "seed", *rates):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
     if options.distill_steps and not options.distill_learning_rate and not options.distill_mlp_learning_rate:
@@ -87,5 +87,7 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
         for length in lengths:
             if not 2 <= length <= config.max_position:
                 raise UserError(f"{name} {length}: must be from 2 to the model's max_position = {config.max_position}")
+    if options.out.resolve() == Path.cwd():  # replaced, it would leave the shell in a removed one
+        raise UserError(f"--out {options.out}: is the current folder; name a new one")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(f"--out {options.out}: exists already; name a new folder")

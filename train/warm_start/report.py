@@ -6,6 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from torch_ref.spec.storage import write_errors
 
 
 def print_tables(report: dict, console: Console) -> None:
@@ -14,8 +17,8 @@ def print_tables(report: dict, console: Console) -> None:
     texts = [(text, length) for text, by_length in losses["original"].items() for length in by_length]
     table = Table(title="next-token loss on held-out text, nats")
     table.add_column("stage")
-    for text, length in texts:
-        table.add_column(f"{Path(text).name}\n{length} tokens", justify="right")
+    for text, length in texts:  # as a string, brackets in a name would be taken for markup
+        table.add_column(Text(f"{Path(text).name}\n{length} tokens"), justify="right")
     for stage, measured in losses.items():
         table.add_row(stage, *(f"{measured[text][length]:.4f}" for text, length in texts))
     console.print(table)
@@ -56,4 +59,5 @@ def draw(report: dict, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     by_stage.legend(frameon=False)
     by_layer.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    with write_errors(file):
+        figure.savefig(file, dpi=120)

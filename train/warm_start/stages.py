@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torch_ref.spec.config import ComputeConfig, ModelConfig
-from torch_ref.spec.huggingface import export_folder
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import Parameter
 from torch_ref.spec.storage import read_json, write_json
@@ -81,7 +80,7 @@ def data_options(options: WarmStartOptions, config: ModelConfig, work: Work) -> 
 
 @dataclass
 class Stages:
-    """The stages in their order, and the report they fill."""
+    """The stages in their order, and the report that they fill."""
 
     options: WarmStartOptions
     config: ModelConfig
@@ -99,8 +98,8 @@ class Stages:
         sizes = {"first_k_dense": self.config.num_layers, "intermediate_size": self.config.moe_intermediate_size}
         return dataclasses.replace(self.config, **sizes)
 
-    def run(self) -> dict:
-        """Write the folder `options.out` and return the report."""
+    def run(self) -> Iterator[tuple[Parameter, np.ndarray]]:
+        """Every tensor of the new model, made as it is asked for; the report is full when this returns."""
         from torch_ref.model import Model
 
         options, report = self.options, self.report
@@ -118,7 +117,8 @@ class Stages:
         if options.distill_steps:
             with self.timed("distillation"):
                 self.distill(model, Rows(*(part[options.fit_rows :] for part in rows)))
-            made_by = " ".join(f"{name}={value}" for name, value in vars(options).items() if "distill" in name)
+            names = [name for name in vars(options) if "distill" in name or name == "compute"]
+            made_by = " ".join(f"{name}={getattr(options, name)}" for name in names)
             self.measure("distilled", texts, self.hidden_of(model), model.embed_tokens.weight, made_by)
 
         inputs = mlp_inputs(model, rows.inputs[:CALIBRATION_ROWS], self.compute)
@@ -128,16 +128,8 @@ class Stages:
             report["losses"]["experts"] = losses_of(texts, self.hidden_of(experts), experts.embed_tokens.weight)
             report["expert_load"] = self.expert_load(experts, rows.inputs[:CALIBRATION_ROWS])
         del experts
-        export_folder(
-            options.out,
-            self.config,
-            self.expert_values(dense, inputs),
-            dtype=options.dtype,
-            tokenizer=self.work.folder / "tokenizer",
-            end_of_text=self.tokenizer.eot_id,
-        )
         report["options"] = {name: str(value) for name, value in vars(options).items()}
-        return report
+        return self.expert_values(dense, inputs)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -283,7 +275,10 @@ class Stages:
     def measure(self, stage: str, texts: Texts, hidden_of: HiddenOf, embedding: Tensor, made_by: str = "") -> None:
         """Losses of a stage on every text, or those that an interrupted run has measured before."""
         file = self.work.folder / f"losses-{stage}.json"
-        sums = {name: [int(rows.inputs.sum()) for rows in by_length.values()] for name, by_length in texts.items()}
+        sums = {
+            name: {str(length): int(rows.inputs.sum()) for length, rows in by_length.items()}
+            for name, by_length in texts.items()
+        }
         identity = {"texts": sums, "made_by": made_by}
         with self.timed(f"measuring {stage}"):
             found = read_json(file) if file.exists() else {}

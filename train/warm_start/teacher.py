@@ -202,13 +202,19 @@ def _gguf_tokenizer(path: Path) -> TextTokenizer:
     SmolLM2 splits numbers into digits before the byte-level split; GGUF says so by a name only."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
-    if fields["tokenizer.ggml.model"].contents() != "gpt2":
-        raise UserError(f"--from {path}: its tokenizer is no byte-level BPE; give a folder with --tokenizer")
-    tokens, merges, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
+    fields, mend = GGUFReader(path).fields, "name the model's transformers folder instead"
+
+    def content(name: str) -> Any:
+        if (found := fields.get(f"tokenizer.ggml.{name}")) is None:
+            raise UserError(f"--from {path}: has no tokenizer.ggml.{name}; {mend}")
+        return found.contents()
+
+    if content("model") != "gpt2":
+        raise UserError(f"--from {path}: its tokenizer is no byte-level BPE; {mend}")
+    tokens, merges, kinds = map(content, ("tokens", "merges", "token_type"))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     splits = [byte_level]
-    if fields["tokenizer.ggml.pre"].contents() == "smollm":
+    if content("pre") == "smollm":
         splits.insert(0, {"type": "Digits", "individual_digits": True})
     control = 3
     definition = {
