@@ -68,11 +68,16 @@ class Curves:
         steps = [step for step in steps if DRAWN <= step.keys() and np.shape(step["expert_counts"]) == shape]
         if not steps:
             raise UserError(f"{run_dir}: no step in {METRICS} is whole")
-        return cls(Path(run_dir).resolve().name, steps, validation_curves(records))
+        return cls(as_label(Path(run_dir).resolve().name), steps, validation_curves(records))
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:
         """One value of every step; null becomes NaN."""
         return np.array([step[name] for step in self.steps], dtype=float)
+
+
+def as_label(name: str) -> str:
+    """A name in a picture, in which matplotlib takes what stands between two dollars for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torch_ref.spec.storage import write_errors
+from train.plot import as_label
 
 
 def print_tables(report: dict, console: Console) -> None:
@@ -43,7 +44,7 @@ def draw(report: dict, file: Path) -> None:
     for text, lengths in losses["original"].items():
         for length in lengths:
             values = [losses[stage][text][length] for stage in losses]
-            by_stage.plot(list(losses), values, marker="o", label=f"{Path(text).name}, {length} tokens")
+            by_stage.plot(list(losses), values, marker="o", label=f"{as_label(Path(text).name)}, {length} tokens")
     by_stage.set(title="Loss on held-out text", ylabel="nats per token")
     by_stage.tick_params(axis="x", rotation=20)
     for stage in ("converted", "fitted"):
