@@ -178,6 +178,6 @@ def test_memory_is_what_a_step_takes(framework: str, system: str, tokens: int, d
     done = subprocess.run(
         [sys.executable, "-m", "train.bench.worker", to_json(case)], env=environment, capture_output=True, text=True
     )
-    measured = json.loads(done.stdout.splitlines()[-1])["peak_memory_gb"] * 2**30
+    measured = json.loads(done.stdout.splitlines()[-1])["peak_memory_gib"] * 2**30
     estimate = sum(step_parts(PRESETS["small"], dtype, 1, tokens, 1, "off", framework=framework).values())
     assert estimate == pytest.approx(measured, rel=0.1)
