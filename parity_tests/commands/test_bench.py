@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +13,10 @@ from torch_ref.spec.flops import flops_per_token
 from torch_ref.spec.interface import UserError
 from train.bench import __main__ as bench
 from train.bench import worker as bench_worker
-from train.bench.cases import Case, bytes_per_token
+from train.bench.cases import Case, bytes_per_token, prefill_flops_per_token
+from train.bench.systems import Transformers
 
-FIELDS = {"system", "task", "preset", "dtype", "seq_len", "experts", "value", "unit", "peak_memory_gb"}
+FIELDS = {"system", "task", "preset", "dtype", "seq_len", "experts", "value", "unit", "peak_memory_gib"}
 
 
 def plan(*arguments):
@@ -43,6 +45,13 @@ def test_sweep_varies_one_thing_at_a_time():
     assert len(cases) == len(set(cases))
 
 
+def test_sweep_of_a_shorter_model_varies_the_same_but_lengths():
+    """`tiny` takes 512 tokens, fewer than the 1024 of the other rows."""
+    cases = [case for case in plan("--only", "sweep", "--sweep-preset", "tiny").cases() if case.system == "flax"]
+    for field, values in bench.SWEEP.items():
+        assert {getattr(case, field) for case in cases} == {v for v in values if field != "seq_len" or v <= 512}
+
+
 def test_memory_takes_every_precision_and_rematerialisation():
     cases = [case for case in plan("--only", "memory").cases() if case.system != "ceiling"]
     assert {(case.dtype, case.remat, case.system) for case in cases} == set(
@@ -58,6 +67,15 @@ def test_memory_takes_every_precision_and_rematerialisation():
         (("--only", "steps"), "--only steps"),
         (("--seq-len", "4096"), "--seq-len 4096"),
         (("--experts", "1"), "--experts 1"),
+        (("--experts", "0"), "--experts 0: must be at least 1"),
+        (("--seq-len", "0"), "--seq-len 0: must be at least 1"),
+        (("--repeats", "0"), "--repeats 0: must be at least 1"),
+        (("--repeats", "-1"), "--repeats -1: must be at least 1"),
+        (("--only", "sweep", "--experts", "16"), "--experts 16: not for --only sweep"),
+        (("--only", "memory,sweep", "--seq-len", "64"), "--seq-len 64: not for --only memory,sweep"),
+        (("--only", "memory", "--preset", "tiny"), "--preset tiny: not for --only memory"),
+        (("--only", "memory", "--systems", "transformers"), "--only memory --systems transformers: not measured"),
+        (("--only", "input", "--systems", "transformers"), "--only input --systems transformers: not measured"),
         (("--systems", "keras"), "--systems keras"),
     ],
 )
@@ -76,9 +94,31 @@ def test_flops_of_smol_774m():
     assert flops == pytest.approx(3 * flops_per_token(case.config, case.seq_len, backward=False))
 
 
+def test_a_prompts_pass_has_the_output_layer_once():
+    """For its last token alone, as both `prefill` compute it."""
+    case = Case("flax", ("prefill",), "smol-774m", "float32", 1984, 8)
+    vocabulary, hidden = 49152, 576
+    without = flops_per_token(case.config, 1984, backward=False) * 1984 - 2 * vocabulary * hidden * 1983
+    assert prefill_flops_per_token(case) * 1984 == pytest.approx(without)
+
+    class System:
+        framework, device_peak, reset_peak = "jax", lambda self: None, lambda self: None
+        __init__ = lambda self, case: None  # noqa: E731
+
+        def generate(self, prompts, new_tokens, tick):
+            for _ in range(new_tokens):
+                tick(None)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(bench_worker.SYSTEMS, "flax", System)
+        patched.setattr(bench_worker, "read_bandwidth", lambda *_: 1.0)
+        (row,) = bench_worker.measure(replace(case, seq_len=2048))
+    assert row["flops_per_token"] == prefill_flops_per_token(case)
+
+
 def row(system, task, value, unit, **more):
     case = {"preset": "tiny", "dtype": "float32", "seq_len": 64, "experts": 8}
-    case |= {"micro_batch": 1, "accumulation": 1, "remat": "off", "peak_memory_gb": 1.5}
+    case |= {"micro_batch": 1, "accumulation": 1, "remat": "off", "peak_memory_gib": 1.5}
     return {"system": system, "task": task, "value": value, "unit": unit, **case, **more}
 
 
@@ -127,6 +167,22 @@ def test_generation_is_measured_without_an_optimizer():
     assert {("prefill", "decode")} <= parts and all("decode" not in tasks or "step" not in tasks for tasks in parts)
 
 
+def test_a_start_is_measured_apart():
+    """Whatever else is asked, nothing is there before its clock starts."""
+    for only in ((), ("--only", "startup"), ("--only", "gradient,startup")):
+        starts = [case for case in plan(*only).cases() if "startup" in case.tasks and case.system != "ceiling"]
+        assert {case.tasks for case in starts} == {("startup",)} and len(starts) == 6
+
+
+def test_a_start_of_transformers_tries_no_implementations(monkeypatch):
+    system, taken = Transformers.__new__(Transformers), []
+    system.case, system.implementation = Case("transformers", ("startup",), "tiny", "float32", 64, 8), None
+    system.model = SimpleNamespace(set_experts_implementation=taken.append)
+    monkeypatch.setattr(Transformers, "gradient", lambda self: pytest.fail("tried within the measured span"))
+    system._choose()
+    assert taken == [system.implementation] == ["grouped_mm"]
+
+
 def test_peak_memory_is_that_of_each_task_alone(monkeypatch):
     """A device's peak only rises by itself: each task's is read after a reset, the largest first."""
     held = {"gradient": 7, "step": 6, "save": 5, "restore": 4, "input": 3, "prefill": 2, "decode": 2}
@@ -172,7 +228,7 @@ def test_peak_memory_is_that_of_each_task_alone(monkeypatch):
     tasks = ("gradient", "step", "checkpoint", "input", "prefill", "decode")
     rows = list(bench_worker.measure(Case("torch", tasks, "tiny", "float32", 64, 4, new_tokens=4)))
     assert {row["task"] for row in rows} == set(held)
-    assert [row["peak_memory_gb"] for row in rows] == [held[row["task"]] for row in rows]
+    assert [row["peak_memory_gib"] for row in rows] == [held[row["task"]] for row in rows]
 
 
 def test_table_puts_systems_side_by_side():
@@ -252,6 +308,6 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     decoded = [(row["seq_len"], row["micro_batch"]) for row in rows if row["task"] == "decode"]
     assert decoded == [(48, 1), (16, 1), (16, 8)]
     assert all(row["fraction_of_bandwidth"] > 0 for row in rows if row["task"] == "decode" and row["micro_batch"] == 1)
-    assert 0.05 < ours["step", "off"]["peak_memory_gb"] < 4
+    assert 0.05 < ours["step", "off"]["peak_memory_gib"] < 4
     assert ours["step", "off"]["value"] > 0 and PRESETS["tiny"].n_routed_experts == ours["step", "off"]["experts"]
     assert "| step | tiny | float32 | 64 | 8 | 1 |" in capsys.readouterr().out

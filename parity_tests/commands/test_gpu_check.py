@@ -52,11 +52,33 @@ def test_every_part_is_planned():
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--only", "all"], ["--systems", "jax"], ["--seq-len", "5000"], ["--json", "absent/rows.json"]]
+    "wrong",
+    [
+        ["--only", "all"],
+        ["--systems", "jax"],
+        ["--seq-len", "5000"],
+        ["--seq-len", "0"],
+        ["--rows", "0"],
+        ["--repeats", "-1"],
+        ["--json", "absent/rows.json"],
+    ],
 )
-def test_a_mistake_is_named(wrong, capsys):
+def test_a_mistake_is_named(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "measure", lambda *_: pytest.fail("begun in spite of it"))
     assert gpu_check.main(wrong) == 2
     assert capsys.readouterr().err.startswith(f"error: {wrong[0]} {wrong[1]}: ")
+
+
+def test_a_check_of_nothing_is_none(capsys):
+    """Parity compares two sides: one of them alone has no such part."""
+    assert gpu_check.main(["--only", "parity", "--systems", "flax"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: --only parity --systems flax: nothing to check; ") and not said.out
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    assert gpu_check.main(["--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: could not be written: Is a directory\n"
 
 
 def found(rows, what):

@@ -1,6 +1,7 @@
 """What XLA makes of the programs for an H100, compiled without one. Needs JAX's CUDA plugin (the extra `cuda`);
 `.ci/gpu_compile` makes such an environment. The reader of programs itself is tested without it."""
 
+import re
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -109,12 +110,32 @@ class Compiled:
 def test_time_is_predicted_from_traffic_and_arithmetic() -> None:
     compiled = pytest.importorskip("train.plan.compiled", reason="JAX is not installed")
     card = CARDS["h100"]
-    reading = compiled.Reading(compiled.CompiledProgram("train step", 1.0, Compiled()), card, flops=1e12)
+    reading = compiled.Reading(compiled.CompiledProgram("train step", 1.0, Compiled()), card, card.bf16, flops=1e12)
     assert reading.predicted == pytest.approx((reading.moved / 3.35e12 + 1e12 / 989.4e12) / 0.65, rel=1e-3)
     (line,) = [line for line in reading.lines() if "predicted" in line]
     assert "1.55 ms without collectives, assumed: " in line and line.endswith("each at 0.65 of those")
-    reading = compiled.Reading(compiled.CompiledProgram("prompt", 1.0, Compiled()), card)
+    reading = compiled.Reading(compiled.CompiledProgram("prompt", 1.0, Compiled()), card, card.bf16)
     assert reading.predicted is None and "predicted" not in "".join(reading.lines())
+
+
+def test_arithmetic_is_at_the_peak_of_the_runs_dtype(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With stand-ins for XLA's compiler and what it makes."""
+    jax = pytest.importorskip("jax")
+    programs = pytest.importorskip("train.plan.programs")
+    monkeypatch.setattr(programs, "missing", lambda: None)
+    monkeypatch.setattr(programs, "gpus_of", lambda *_: [SimpleNamespace(device_kind="H100")])
+    made = programs.CompiledProgram("train step", 1.0, Compiled())
+    monkeypatch.setattr(programs, "compile_programs", lambda *_: [made])
+    said = {}
+    try:
+        for dtype in ("bfloat16", "float32"):
+            assert main(["--preset", "tiny", "--compile", "--dtype", dtype]) == 0
+            said[dtype] = float(re.search(r"TFLOP are (\S+) ms at the peak", capsys.readouterr().out)[1])
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert said["float32"] == pytest.approx(said["bfloat16"] * 989.4 / 494.7, rel=0.01)
 
 
 def plan(*flags: str, gpus: str = "1x1x1") -> Plan:
@@ -154,7 +175,7 @@ def read(made: Plan, name: str = "train step", card: str = "h100"):
             (program,) = programs.compile_programs(made.options, programs.gpus_of(card, made.gpus), (name,))
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
-    return Reading(program, made.card)
+    return Reading(program, made.card, made.peak)
 
 
 def targets(reading) -> Counter[str]:

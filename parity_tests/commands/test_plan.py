@@ -37,6 +37,8 @@ def test_speed_time_and_disk_follow_from_the_flops() -> None:
     assert made.hours[0] == pytest.approx(1000 * 16384 * flops / (0.4 * 989.4e12) / 3600)
     assert plan(mfu=0.2).tokens_per_second[0] == pytest.approx(made.tokens_per_second[0] / 2)
     assert plan("--dtype", "float32").compute_seconds == pytest.approx(made.compute_seconds * 989.4 / 494.7)
+    in_torch = plan("--dtype", "float32", framework="torch").compute_seconds
+    assert in_torch == pytest.approx(made.compute_seconds * 989.4 / 67)  # full float32, where JAX takes TF32
 
 
 def test_what_is_automatic_is_settled_for_the_card() -> None:
@@ -130,8 +132,10 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         (["--device", "v100"], "--device v100: there are h100"),
         (["--gpus", "8"], "--gpus 8: must be SLICESxHOSTSxGPUS"),
         (["--mfu", "0"], "--mfu 0.0: must be above 0"),
-        (["--price", "-1"], "--price -1.0: must not be negative"),
+        (["--price", "-1"], "--price -1.0: must be a number of at least 0"),
+        (["--price", "nan"], "--price nan: must be a number of at least 0"),
         (["--network-gbits", "0"], "--network-gbits 0: must be above 0"),
+        (["--network-gbits", "nan"], "--network-gbits nan: must be above 0"),
         (["--gpus", "1x1x3"], "--batch-size 8: must be a multiple"),
         (["--gpus", "1x1x8", "--mesh", "fsdp=4"], "--mesh fsdp=4: takes 4 devices, --gpus 1x1x8 are 8"),
         (["--gpus", "1x1x8", "--framework", "torch"], "--framework torch --gpus 1x1x8: for Flax alone"),
@@ -174,6 +178,6 @@ def test_memory_is_what_a_step_takes(framework: str, system: str, tokens: int, d
     done = subprocess.run(
         [sys.executable, "-m", "train.bench.worker", to_json(case)], env=environment, capture_output=True, text=True
     )
-    measured = json.loads(done.stdout.splitlines()[-1])["peak_memory_gb"] * 2**30
+    measured = json.loads(done.stdout.splitlines()[-1])["peak_memory_gib"] * 2**30
     estimate = sum(step_parts(PRESETS["small"], dtype, 1, tokens, 1, "off", framework=framework).values())
     assert estimate == pytest.approx(measured, rel=0.1)

@@ -29,10 +29,13 @@ from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.storage import user_path, write_errors
-from train.bench.cases import Case, to_json, with_fractions
+from train.bench.cases import Case, at_least_one, to_json, with_fractions
 from train.shell import INTERRUPTED, shell
 
 TASKS = ("gradient", "step", "startup", "prefill", "decode", "checkpoint", "input", "memory", "sweep")
+WITH_SIZES_OF_THEIR_OWN = ("memory", "sweep")
+OURS_ALONE = ("input", "memory")
+"""Tasks that `transformers` is not asked for."""
 SYSTEMS = ("flax", "torch_ref", "transformers")
 DTYPES = ("float32", "bfloat16")
 SWEEP = {"seq_len": (256, 512, 1024, 2048), "experts": (4, 8, 16, 32), "micro_batch": (1, 2, 4), "accumulation": (1, 4)}
@@ -56,7 +59,7 @@ class Plan:
 
     def cases(self) -> list[Case]:
         """Every process to start, in order: the limits first."""
-        tasks = without(self.tasks, "memory", "sweep")
+        tasks = without(self.tasks, *WITH_SIZES_OF_THEIR_OWN)
         cases = []
         for dtype in self.dtypes:
             base = Case("", tasks, self.preset, dtype, self.seq_len, self.experts, repeats=self.repeats)
@@ -64,8 +67,11 @@ class Plan:
             # Which text is tokenised does not depend on the precision, nor do files much: once is enough.
             once = base if dtype == self.dtypes[0] else replace(base, tasks=without(tasks, "input", "checkpoint"))
             cases.append(replace(once, system="ceiling"))
-            # Generation has processes of its own, without an optimizer's state.
-            parts = (without(once.tasks, "prefill", "decode"), tuple(t for t in tasks if t in ("prefill", "decode")))
+            # A start has a process of its own, where nothing is there yet, and generation one without an optimizer's
+            # state.
+            apart = ("startup",), ("prefill", "decode")
+            parts = [without(once.tasks, *sum(apart, ()))]
+            parts += [tuple(task for task in tasks if task in part) for part in apart]
             cases += [replace(once, tasks=part, system=system) for part in parts if part for system in self.systems]
             if "step" in tasks:
                 lean = replace(base, tasks=("step",), remat="experts")
@@ -86,14 +92,14 @@ class Plan:
         return [replace(start, dtype=dtype, remat=remat, system=system) for dtype, remat, system in choices]
 
     def sweep(self, dtype: str) -> list[Case]:
-        start = Case("", ("gradient",), self.sweep_preset, dtype, 256 if self.quick else 1024, 8)
+        longest = PRESETS[self.sweep_preset].max_position
+        start = Case("", ("gradient",), self.sweep_preset, dtype, min(256 if self.quick else 1024, longest), 8)
         start = replace(start, repeats=self.repeats, device=self.device)
         cases = [start]
         for field, values in SWEEP.items():
             for value in values[:2] if self.quick else values:
                 tasks = ("step",) if field == "accumulation" else start.tasks
                 cases.append(replace(start, tasks=tasks, **{field: value}))
-        longest = PRESETS[self.sweep_preset].max_position
         cases = list(dict.fromkeys(case for case in cases if case.seq_len <= longest))
         return [replace(case, system=system) for case in cases for system in self.systems]
 
@@ -141,8 +147,8 @@ def cell(row: dict | None, other: dict | None) -> str:
         parts.append(f"{row['fraction_of_ceiling']:.0%} of ceiling")
     if "fraction_of_bandwidth" in row:
         parts.append(f"{row['fraction_of_bandwidth']:.0%} of bandwidth")
-    if row["peak_memory_gb"] is not None and row["task"] in ("gradient", "step"):
-        parts.append(f"{row['peak_memory_gb']:.1f} GiB")
+    if row["peak_memory_gib"] is not None and row["task"] in ("gradient", "step"):
+        parts.append(f"{row['peak_memory_gib']:.1f} GiB")
     return ", ".join(parts)
 
 
@@ -201,7 +207,9 @@ def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     )
     parser.add_argument("--systems", help=f"Systems, separated by commas, of {', '.join(SYSTEMS)}; by default all.")
     parser.add_argument(
-        "--preset", choices=PRESETS, help="The model's preset; by default smol-774m, tiny with --quick."
+        "--preset",
+        choices=PRESETS,
+        help="The model's preset, of all but sweep and memory; by default smol-774m, tiny with --quick.",
     )
     parser.add_argument(
         "--sweep-preset", choices=PRESETS, help="The preset of sweep and memory; by default small, tiny with --quick."
@@ -210,9 +218,13 @@ def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
         "--dtype", choices=DTYPES, help="Precision to measure in; by default both, float32 with --quick."
     )
     parser.add_argument(
-        "--seq-len", type=int, help="Tokens in a row; by default the model's context, at most 256 with --quick."
+        "--seq-len",
+        type=int,
+        help="Tokens in a row, of all but sweep and memory; by default the model's context, at most 256 with --quick.",
     )
-    parser.add_argument("--experts", type=int, help="Number of routed experts; by default the model's.")
+    parser.add_argument(
+        "--experts", type=int, help="Number of routed experts, of all but sweep and memory; by default the model's."
+    )
     parser.add_argument("--device", default="auto", help="Where to compute: auto, cpu or cuda.")
     parser.add_argument(
         "--repeats", type=int, help="Calls after the first, of which the median counts; by default 3, 2 with --quick."
@@ -226,17 +238,32 @@ def parse(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--json", type=user_path, help="Write the rows to this file, too.")
     parser.add_argument("--plot", type=user_path, help="Draw the gradient rows to this PNG file.")
     args = parser.parse_args(argv)
+    at_least_one(args, "--seq-len", "--experts", "--repeats")
+    tasks = names("--only", args.only, TASKS if not args.quick else without(TASKS, *WITH_SIZES_OF_THEIR_OWN))
+    systems = names("--systems", args.systems, SYSTEMS)
+    if not without(tasks, *WITH_SIZES_OF_THEIR_OWN):
+        for option, given in (("--preset", args.preset), ("--seq-len", args.seq_len), ("--experts", args.experts)):
+            if given is not None:
+                raise UserError(
+                    f"{option} {given}: not for --only {args.only}, with sizes of its own; leave it out "
+                    "(--sweep-preset chooses the model)"
+                )
+    if set(systems) == {"transformers"} and not without(tasks, *OURS_ALONE):
+        raise UserError(
+            f"--only {args.only} --systems {args.systems}: not measured of transformers; add flax or torch_ref"
+        )
     preset = args.preset or ("tiny" if args.quick else "smol-774m")
     config = PRESETS[preset]
-    seq_len = args.seq_len or (min(256, config.max_position) if args.quick else config.max_position)
+    default = min(256, config.max_position) if args.quick else config.max_position
+    seq_len = default if args.seq_len is None else args.seq_len
     if not 8 <= seq_len <= config.max_position:
         raise UserError(f"--seq-len {seq_len}: {preset} takes 8 to {config.max_position} tokens")
-    experts = args.experts or config.n_routed_experts
+    experts = config.n_routed_experts if args.experts is None else args.experts
     if experts < config.num_experts_per_tok:
         raise UserError(f"--experts {experts}: {preset} chooses {config.num_experts_per_tok} of them for a token")
     plan = Plan(
-        tasks=names("--only", args.only, TASKS if not args.quick else without(TASKS, "memory", "sweep")),
-        systems=names("--systems", args.systems, SYSTEMS),
+        tasks=tasks,
+        systems=systems,
         preset=preset,
         dtypes=(args.dtype,) if args.dtype else (DTYPES[:1] if args.quick else DTYPES),
         seq_len=seq_len,

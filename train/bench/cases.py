@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from torch_ref.spec.config import PRESETS, ComputeConfig, ModelConfig
-from torch_ref.spec.interface import OptimizerConfig
+from torch_ref.spec.flops import flops_per_token
+from torch_ref.spec.interface import OptimizerConfig, UserError
 from torch_ref.spec.parameters import count_active_parameters
 
 
@@ -78,6 +80,22 @@ def bytes_per_token(case: Case) -> float:
     c = case.config
     values = count_active_parameters(c) + case.seq_len * c.num_layers * c.cache_values_per_token
     return values * {"float32": 4, "bfloat16": 2}[case.dtype]
+
+
+def prefill_flops_per_token(case: Case) -> float:
+    """Model FLOPs of a prompt's pass for each of its `seq_len` tokens: of these the last alone meets the output
+    layer."""
+    c = case.config
+    left_out = 2 * c.vocab_size * c.hidden_size * (case.seq_len - 1) / case.seq_len
+    return flops_per_token(c, case.seq_len, backward=False) - left_out
+
+
+def at_least_one(args: Namespace, *options: str) -> None:
+    """Raises `UserError` that names an option whose number is below 1."""
+    for option in options:
+        value = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: must be at least 1")
 
 
 def to_json(case: Case) -> str:

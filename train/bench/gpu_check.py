@@ -37,8 +37,8 @@ from typing import Any
 
 from torch_ref.spec.config import PRESETS
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.storage import user_path
-from train.bench.cases import Case, with_fractions
+from torch_ref.spec.storage import user_path, write_errors
+from train.bench.cases import Case, at_least_one, with_fractions
 from train.shell import shell
 
 PARTS = ("limits", "checks", "layers", "step", "parity", "decode")
@@ -213,7 +213,7 @@ def cells(row: dict) -> Iterator[str]:
         yield f"{row['seconds']:.0f} s" if "seconds" in row else ""
     fractions = [f"{row[key]:.0%}" for key in ("fraction_of_ceiling", "fraction_of_bandwidth") if key in row]
     yield fractions[0] if fractions else f"{row['tflops']:.1f} TFLOP/s" if "tflops" in row else ""
-    yield f"{row['peak_memory_gb']:.1f}" if row.get("peak_memory_gb") else ""
+    yield f"{row['peak_memory_gib']:.1f}" if row.get("peak_memory_gib") else ""
     if "bound" in row:
         yield f"{row['error']:.1e}, {row['bound']:.0e}" + (" **WRONG**" if is_wrong(row) else "")
     else:
@@ -275,8 +275,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         for name in given:
             if name not in known:
                 raise UserError(f"{option} {name}: one of {', '.join(known)}")
+    at_least_one(args, "--rows", "--seq-len", "--decode-batch", "--repeats")
     longest = PRESETS[args.preset].max_position
-    args.seq_len = args.seq_len or longest
+    args.seq_len = longest if args.seq_len is None else args.seq_len
     if not 8 <= args.seq_len <= longest:
         raise UserError(f"--seq-len {args.seq_len}: {args.preset} takes 8 to {longest} tokens")
     if args.json and not args.json.parent.is_dir():
@@ -292,19 +293,26 @@ def words(text: str) -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> int:
     """Check and measure; returns the exit code."""
     args = parse(argv)
+    wanted = parts(args)
+    if not wanted:
+        raise UserError(
+            f"--only {','.join(args.only)} --systems {','.join(args.systems)}: nothing to check; layers needs flax, "
+            "checks flax or torch_ref, parity both"
+        )
     rows: list[dict] = []
     if args.json:
-        args.json.write_text("")
+        with write_errors(args.json):
+            args.json.write_text("")
 
     def take(row: dict[str, Any]) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
         if args.json:
-            with args.json.open("a") as file:
+            with write_errors(args.json), args.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     try:
-        measure(parts(args), args.budget, take)
+        measure(wanted, args.budget, take)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

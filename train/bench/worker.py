@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch_ref.spec.flops import flops_per_token
 from torch_ref.spec.memory import process_peak
-from train.bench.cases import Case, bytes_per_token, labels
+from train.bench.cases import Case, bytes_per_token, labels, prefill_flops_per_token
 from train.bench.profile import longest
 from train.bench.systems import SYSTEMS, Flax, Transformers, clocked
 
@@ -34,11 +34,20 @@ def measure(case: Case) -> Iterator[dict]:
     peak = Peak()
     system = SYSTEMS[case.system](case)
     peak.of, peak.reset_device = system.device_peak, system.reset_peak
-    ready = time.time() - case.spawned
 
     def row(task: str, value: float, unit: str, **more: Any) -> dict:
-        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": peak.read(), **more}
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gib": peak.read(), **more}
 
+    if "startup" in case.tasks:  # from the process's start to the end of its first step
+        run = system.step()
+        peak.reset()
+        before = time.time()
+        run()
+        after = time.time()
+        yield row("startup", after - case.spawned, "s")
+        yield row("first step", after - before, "s")
+        if isinstance(system, Flax):
+            yield row("compile", system.compile_seconds, "s")
     if "gradient" in case.tasks:
         if isinstance(system, Transformers):
             system._choose()
@@ -46,23 +55,15 @@ def measure(case: Case) -> Iterator[dict]:
         _, seconds = clocked(system.gradient(), case.repeats)
         rate = case.micro_batch * case.seq_len / seconds
         yield row("gradient", rate, "tokens/s", flops_per_token=flops_per_token(case.config, case.seq_len))
-    if "step" in case.tasks or "startup" in case.tasks:
-        before = time.time()
+    if "step" in case.tasks:
         run = system.step()
         peak.reset()
-        first, seconds = clocked(run, case.repeats)
-        if "step" in case.tasks:
-            rate = case.tokens / seconds
-            flops = flops_per_token(case.config, case.seq_len)
-            yield row("step", rate, "tokens/s", flops_per_token=flops, **chosen(system))
+        _, seconds = clocked(run, case.repeats)
+        flops = flops_per_token(case.config, case.seq_len)
+        yield row("step", case.tokens / seconds, "tokens/s", flops_per_token=flops, **chosen(system))
         if "profile" in case.tasks:
             for name, milliseconds, calls in longest(system.kernels(run)):
-                yield row(name, milliseconds, "ms", calls=calls, peak_memory_gb=None)
-        if "startup" in case.tasks:
-            yield row("startup", ready + time.time() - before - case.repeats * seconds, "s")
-            yield row("first step", first, "s")
-            if isinstance(system, Flax):
-                yield row("compile", system.compile_seconds, "s")
+                yield row(name, milliseconds, "ms", calls=calls, peak_memory_gib=None)
     if "checkpoint" in case.tasks:
         if "step" not in case.tasks:
             system.step()()  # moments exist
@@ -83,9 +84,9 @@ def measure(case: Case) -> Iterator[dict]:
         for length, batch in ((long, 1), (short, 1), (short, case.decode_batch)):
             at = replace(case, seq_len=length, micro_batch=batch)
             done = generation(at, system, peak)
-            more = {"seq_len": length, "micro_batch": batch, "peak_memory_gb": done.memory}
+            more = {"seq_len": length, "micro_batch": batch, "peak_memory_gib": done.memory}
             if length == long and "prefill" in case.tasks:
-                flops = flops_per_token(at.config, at.seq_len, backward=False)
+                flops = prefill_flops_per_token(at)
                 yield row("prefill", length / done.first, "tokens/s", flops_per_token=flops, **more)
             if "decode" in case.tasks:
                 if batch == 1:
@@ -167,7 +168,7 @@ def ceilings(case: Case) -> Iterator[dict]:
     tokenizer."""
 
     def row(task: str, value: float, unit: str) -> dict:
-        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gb": None}
+        return {**labels(case), "task": task, "value": value, "unit": unit, "peak_memory_gib": None}
 
     for framework, limits in LIMITS.items():
         try:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     )
     device = card(asked.device)
     if asked.network_gbits is not None:
-        if asked.network_gbits <= 0:
+        if not asked.network_gbits > 0:  # not a number either
             raise UserError(f"--network-gbits {asked.network_gbits:g}: must be above 0")
         device = dataclasses.replace(device, network=asked.network_gbits / 8 * 1e9)
     options = command_line.parse(of_training, "python -m train.plan")
@@ -93,7 +93,7 @@ def compile_for(name: str, plan: Plan) -> None:
     print(f"\nCompiled by XLA for {len(devices)} x {devices[0].device_kind}, its choices by trial left out:")
     flops = plan.tokens_per_step * plan.flops_per_token / len(devices)
     for made in programs.compile_programs(plan.options, devices):
-        reading = Reading(made, plan.card, flops if made.name == "train step" else None)
+        reading = Reading(made, plan.card, plan.peak, flops if made.name == "train step" else None)
         print("\n".join(reading.lines()), flush=True)
 
 

@@ -29,17 +29,19 @@ class Card:
     """Bytes/s of its memory."""
     bf16: float
     """FLOP/s of bfloat16 products with float32 sums."""
+    tf32: float
+    """FLOP/s of float32 products as JAX takes them by default: on a GPU in TF32."""
     float32: float
-    """FLOP/s of float32 products: in TF32 on a GPU, which is JAX's default there."""
+    """FLOP/s of float32 products as torch takes them by default: in full float32."""
     link: float
     """Bytes/s in one direction to the other cards of a host."""
     network: float
     """Bytes/s in one direction to other hosts, for each card."""
     is_gpu: bool = True
 
-    def peak(self, dtype: str) -> float:
+    def peak(self, dtype: str, framework: Framework) -> float:
         """FLOP/s at most."""
-        return self.bf16 if dtype == "bfloat16" else self.float32
+        return self.bf16 if dtype == "bfloat16" else {"flax": self.tf32, "torch": self.float32}[framework]
 
     def usable(self, framework: Framework) -> int | None:
         """Bytes a framework takes at most: JAX three quarters of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
@@ -49,25 +51,40 @@ class Card:
         return int(self.memory * {"flax": 0.75, "torch": 0.95}[framework])
 
 
-def _card(driver_name: str, gigabytes: float, gb_per_s: float, tf32: float, link: float, network_gbits: float) -> Card:
-    bf16 = BF16_PEAKS[driver_name] * 1e12
+def _card(
+    driver_name: str,
+    gigabytes: float,
+    gb_per_s: float,
+    tf32: float,
+    float32: float,
+    link: float,
+    network_gbits: float,
+) -> Card:
     return Card(
-        driver_name, int(gigabytes * 1e9), gb_per_s * 1e9, bf16, tf32 * 1e12, link * 1e9, network_gbits / 8 * 1e9
+        driver_name,
+        memory=int(gigabytes * 1e9),
+        bandwidth=gb_per_s * 1e9,
+        bf16=BF16_PEAKS[driver_name] * 1e12,
+        tf32=tf32 * 1e12,
+        float32=float32 * 1e12,
+        link=link * 1e9,
+        network=network_gbits / 8 * 1e9,
     )
 
 
 # NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "A100 Tensor Core GPU", "DGX B200" (a B200 as an
-# eighth of the system), "L40S", "L4" and "A10". TF32 and bfloat16 are given with sparsity there, twice what is here.
+# eighth of the system; its float32 from "HGX B200"), "L40S", "L4" and "A10". TF32 and bfloat16 are given with sparsity
+# there, twice what is here.
 CARDS = {
-    "h100": _card("NVIDIA H100 80GB HBM3", 80, 3350, 494.7, 450, 400),
-    "h200": _card("NVIDIA H200", 141, 4800, 494.7, 450, 400),
-    "b200": _card("NVIDIA B200", 180, 8000, 1125, 900, 400),
-    "a100": _card("NVIDIA A100-SXM4-80GB", 80, 2039, 156, 300, 200),
-    "a100-40gb": _card("NVIDIA A100-SXM4-40GB", 40, 1555, 156, 300, 200),
-    "h100-pcie": _card("NVIDIA H100 PCIe", 80, 2000, 378, 64, 200),
-    "l40s": _card("NVIDIA L40S", 48, 864, 183, 32, 100),
-    "l4": _card("NVIDIA L4", 24, 300, 60, 32, 100),
-    "a10": _card("NVIDIA A10", 24, 600, 62.5, 32, 100),
+    "h100": _card("NVIDIA H100 80GB HBM3", 80, 3350, 494.7, 67, 450, 400),
+    "h200": _card("NVIDIA H200", 141, 4800, 494.7, 67, 450, 400),
+    "b200": _card("NVIDIA B200", 180, 8000, 1125, 75, 900, 400),
+    "a100": _card("NVIDIA A100-SXM4-80GB", 80, 2039, 156, 19.5, 300, 200),
+    "a100-40gb": _card("NVIDIA A100-SXM4-40GB", 40, 1555, 156, 19.5, 300, 200),
+    "h100-pcie": _card("NVIDIA H100 PCIe", 80, 2000, 378, 51, 64, 200),
+    "l40s": _card("NVIDIA L40S", 48, 864, 183, 91.6, 32, 100),
+    "l4": _card("NVIDIA L4", 24, 300, 60, 30.3, 32, 100),
+    "a10": _card("NVIDIA A10", 24, 600, 62.5, 31.2, 32, 100),
 }
 
 
@@ -88,7 +105,7 @@ def this_cpu() -> Card:
     memory = np.zeros(2**23, np.float32)
     copy = _best(memory.copy)
     speed, bandwidth = 2 * 1024**3 / multiply, 2 * memory.nbytes / copy
-    return Card("this CPU", host_memory_available(), bandwidth, speed, speed, bandwidth, 1e9 / 8, is_gpu=False)
+    return Card("this CPU", host_memory_available(), bandwidth, speed, speed, speed, bandwidth, 1e9 / 8, is_gpu=False)
 
 
 def _best(function) -> float:

@@ -22,6 +22,8 @@ class Reading:
 
     made: CompiledProgram
     card: Card
+    peak: float
+    """FLOP/s of the card at most, in the program's dtype."""
     flops: float | None = None
     """Of the model on one device, where they are known."""
 
@@ -47,7 +49,7 @@ class Reading:
         """Seconds of a run of the program without its collectives, where the model's FLOPs are known: an estimate."""
         if self.flops is None:
             return None
-        return (self.moved / self.card.bandwidth + self.flops / self.card.bf16) / REACHED
+        return (self.moved / self.card.bandwidth + self.flops / self.peak) / REACHED
 
     @property
     def host_transfers(self) -> list[str]:
@@ -78,7 +80,7 @@ class Reading:
             f"{self.moved / 1e9:.4g} GB by the shapes of kernels, {traffic:.3g} ms at {card.bandwidth / 1e12:.3g} TB/s"
         )
         if self.flops:
-            arithmetic = self.flops / card.bf16 * 1e3
+            arithmetic = self.flops / self.peak * 1e3
             text += f"; the model's {self.flops / 1e12:.3g} TFLOP are {arithmetic:.3g} ms at the peak"
         waits = f"{len(self.host_transfers)}"
         if self.conditionals or self.open_loops:

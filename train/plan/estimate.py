@@ -4,6 +4,7 @@ a card's data sheet alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch_ref.spec.flops import flops_per_token
@@ -85,9 +86,14 @@ class Plan:
         return self.options.total_steps * self.tokens_per_step
 
     @property
+    def peak(self) -> float:
+        """FLOP/s of a device at most."""
+        return self.card.peak(self.options.dtype, self.framework)
+
+    @property
     def compute_seconds(self) -> float:
         """Of a step, by the fraction of the peak."""
-        speed = self.mfu * self.card.peak(self.options.dtype) * self.options.devices
+        speed = self.mfu * self.peak * self.options.devices
         return self.tokens_per_step * self.flops_per_token / speed
 
     @property
@@ -119,8 +125,8 @@ def make_plan(options: Options, card: Card, gpus: Gpus, framework: Framework, mf
         raise UserError(f"--framework torch --gpus {gpus}: for Flax alone; use --framework flax")
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: must be above 0 and at most 1")
-    if price is not None and price < 0:
-        raise UserError(f"--price {price}: must not be negative")
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price {price}: must be a number of at least 0")
     dtype = "bfloat16" if card.is_gpu else "float32"
     if options.dtype == "float64":
         raise UserError("--dtype float64: no plan is made for it; use float32 or bfloat16")
@@ -166,9 +172,8 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _speed(plan: Plan) -> list[str]:
-    card, options = plan.card, plan.options
-    peak = card.peak(options.dtype)
-    sheet = f"its {peak / 1e12:.4g} TFLOP/s" if card.is_gpu else f"the {peak / 1e9:.3g} GFLOP/s measured just now"
+    options, peak = plan.options, plan.peak
+    sheet = f"its {peak / 1e12:.4g} TFLOP/s" if plan.card.is_gpu else f"the {peak / 1e9:.3g} GFLOP/s measured just now"
     best, worst = plan.tokens_per_second
     shortest, longest = plan.hours
     differs = worst < 0.995 * best
