@@ -148,12 +148,10 @@ class TorchSide:
                 out = next(leaf for leaf in leaves_of(output) if isinstance(leaf, torch.Tensor))
                 out.backward(torch.from_numpy(_upstream(tuple(out.shape), dtype)).to(out.dtype))
         if gradients:
-            for name, parameter in module.named_parameters():
-                if parameter.grad is not None:
-                    record.gradients[name] = to_numpy(parameter.grad)
-            for index, leaf in enumerate(leaves):
-                if leaf.grad is not None:
-                    record.gradients[f"input {index}"] = to_numpy(leaf.grad)
+            trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+            for name, leaf in (trained | {f"input {index}": leaf for index, leaf in enumerate(leaves)}).items():
+                # what the output does not depend on, or was detached from, has none: JAX calls that zero
+                record.gradients[name] = to_numpy(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             module.zero_grad()
         return record
 

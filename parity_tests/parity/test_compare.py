@@ -187,6 +187,21 @@ def test_a_gradient_that_is_stopped_is_found_with_gradients_only(tmp_path, capsy
     assert "gradient of the first input off by" in text.splitlines()[-2]
 
 
+@pytest.mark.parametrize(
+    ("detached", "place"),
+    [
+        ("x + self.down(self.act(self.up(self.norm(x))).detach())", "gradient of up.bias"),
+        ("x.detach() + self.down(self.act(self.up(self.norm(x.detach()))))", "gradient of the first input"),
+    ],
+)
+def test_what_torch_alone_detaches_has_a_gradient_of_zero(detached, place, tmp_path, capsys):
+    """Torch says None of it, which is not that there is nothing to compare."""
+    file = changed("functional_mlp.py", tmp_path, ("x + self.down(self.act(self.up(self.norm(x))))", detached))
+    code, text = said(capsys, file, "--gradients")
+    assert code == 1 and "The values agree, the gradients part first here: gradients, float64" in text, text
+    assert f"{place} off by" in text.splitlines()[-2], text
+
+
 LINEAR = """
 import numpy as np, torch
 from flax import nnx
