@@ -246,6 +246,51 @@ def test_flax_attention_has_its_softmax_in_float32(tmp_path, capsys):
     assert code == 1 and "float32 inside, float64, attention: output off by" in text, text
 
 
+def test_values_are_kept_as_they_were_before_torch_writes_into_them(tmp_path, capsys):
+    right = "x + self.down(self.act(self.up(self.norm(x))))"
+    in_place = "self.down(self.act(self.up(self.norm(x)))).add_(x)"
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, (right, in_place)), "--gradients")
+    assert code == 0, text
+
+
+RETURNED = """
+import dataclasses, torch
+from jax import numpy as jnp
+class Kept:
+    def __init__(self, values): self.values = values
+@dataclasses.dataclass
+class Output:
+    loss: object
+    values: object
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return {torch}
+def torch_side():
+    return Model(), (torch.arange(6.0),)
+def jax_side():
+    return lambda params, x: {jax}, {{"unused": jnp.ones(2)}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("torch", "jax", "code", "message"),
+    [
+        ("Output(None, x)", "Output(None, x)", 0, "Compared: 1 values, from output to output"),
+        ("Output(None, x)", "2 * x", 1, "They part first in the model"),
+        ("torch.complex(x, x).conj()", "x - 1j * x", 0, "Equal"),
+        ("torch.complex(x, x).conj()", "x + 1j * x", 1, "They part first in the model"),
+        ("Kept(x)", "x", 2, "torch_side()'s model fails in float64: TypeError: no array in the Kept it returns"),
+        ("x", "Kept(x)", 2, "jax_side()'s model fails in float64: TypeError: no array in the Kept it returns"),
+    ],
+)
+def test_outputs_are_compared_whatever_holds_them_or_the_file_is_refused(torch, jax, code, message, tmp_path, capsys):
+    file = tmp_path / "returned.py"
+    file.write_text(RETURNED.format(torch=torch, jax=jax))
+    got, text = said(capsys, file)
+    assert got == code and message in text, text
+    assert code != 2 or text.splitlines()[-1].startswith(f"error: {file}: ")
+
+
 def test_values_inside_jit_scan_and_checkpoint_are_recorded(tmp_path, capsys):
     """Two layers in one stacked tensor each, scanned, against a list of layers."""
     file = tmp_path / "stacked.py"
@@ -292,6 +337,7 @@ def jax_side():
         ),
         (('SOURCE = "jax"', 'FLOAT32 = "norm"'), "FLOAT32 must be a tuple of names, not a name"),
         (('SOURCE = "jax"', 'FLOAT32 = ("nrm",)'), "FLOAT32: what is compared has no 'nrm'; 'norm'?"),
+        (('SOURCE = "jax"', 'MODULES = {"output": "head"}'), "the models' outputs are not compared: JAX has no 'head'"),
         (("import numpy as np", "import nump as np"), "ModuleNotFoundError: No module named 'nump'"),
         (("return x + record", "return x[0, :, :5] + record"), "jax_side()'s model fails in float64: ValueError: "),
     ],

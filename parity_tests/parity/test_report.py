@@ -150,5 +150,6 @@ def test_errors_are_relative_to_the_largest_value():
     assert np.isnan(relative_error([np.nan], [1.0]))
     assert relative_error(np.float32([0.1]), np.float64([0.1])) < 1e-7
     assert relative_error([0.0], [0.0]) == 0 and relative_error([1e-3], [0.0]) == 1e-3
+    assert relative_error([1 + 2j], [1 - 2j]) == pytest.approx(4 / 5**0.5)  # not of the real parts alone
     with pytest.raises(AssertionError, match="nothing was measured"):
         failures([])
