@@ -4,6 +4,7 @@ tried, proven; what the file says wrongly is one line."""
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("torch", reason="one side is torch")
 pytest.importorskip("flax", reason="the other side is Flax")
 
 from parity_tests import compare
+from parity_tests.harness import pair
+from torch_ref.spec.interface import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -251,6 +254,19 @@ def test_values_are_kept_as_they_were_before_torch_writes_into_them(tmp_path, ca
     in_place = "self.down(self.act(self.up(self.norm(x)))).add_(x)"
     code, text = said(capsys, changed("functional_mlp.py", tmp_path, (right, in_place)), "--gradients")
     assert code == 0, text
+
+
+def test_a_file_is_a_module_like_any_other_unless_it_fails(tmp_path):
+    """Dataclasses whose annotations are strings look for their module."""
+    file = tmp_path / "annotated.py"
+    dataclass = "import dataclasses\n@dataclasses.dataclass\nclass Size:\n    width: int = 3\n"
+    sides = "def torch_side(): ...\ndef jax_side(): ...\n"
+    file.write_text(f"from __future__ import annotations\n{dataclass}{sides}")
+    assert pair._import(file).Size().width == 3
+    file.write_text("1 / 0")
+    with pytest.raises(UserError, match="annotated.py: ZeroDivisionError"):
+        pair._import(file)
+    assert "pair_annotated" not in sys.modules
 
 
 RETURNED = """
