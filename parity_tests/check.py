@@ -138,6 +138,19 @@ def _text(
     return rows_of(tokens[: room + 1], seq), ", ".join(data) or "the Python documentation"
 
 
+def require_export(checked: Checked, folder: Path) -> None:
+    """Raises `UserError` if the folder is of another model."""
+    if import_folder(folder)[0].to_dict() != checked.state.model_config.to_dict():
+        raise UserError(f"--exported: {folder} is of another model than {checked.name}; see its config.json")
+
+
+def require_training_state(checked: Checked) -> None:
+    """Raises `UserError` if training cannot go on from there."""
+    run = checked.source.run
+    if checked.state.first_moment is None or run is None or not (run / "settings.toml").is_file():
+        raise UserError(f"--steps: {checked.name} is no training state in a run folder; give a run folder")
+
+
 # The rungs
 
 
@@ -151,12 +164,10 @@ def changed_weights(*folders: Path | None) -> list[Measurement]:
 
 
 def check_export(checked: Checked, folder: Path) -> list[Measurement]:
-    """The tensors of a folder against those that were written, and against the model's."""
+    """The tensors of a folder (`require_export`) against those that were written, and against the model's."""
     name, measurements = checked.name, changed_weights(checked.folder, folder)
     try:
-        config, arrays = import_folder(folder)
-        if config.to_dict() != checked.state.model_config.to_dict():
-            raise UserError(f"{folder}: config.json is of another model")
+        arrays = import_folder(folder)[1]
         for row, value in checked.values():
             try:
                 got = arrays[row.name].astype(np.float32)
@@ -291,12 +302,10 @@ def _decoding(checked: Checked, case, torch_device: str, jax_platform: str, judg
 
 
 def measure_training(checked: Checked, steps: int, report: Report, say: Callable) -> None:
-    """Both frameworks go on from the run's state on its next batches."""
+    """Both frameworks go on from the run's state (`require_training_state`) on its next batches."""
     from parity_tests.harness import training
 
     state, run = checked.state, checked.source.run
-    if state.first_moment is None or run is None or not (run / "settings.toml").is_file():
-        raise UserError(f"--steps: {checked.name} is no training state in a run folder; give a run folder")
     options = command_line.parse(["--config", str(run / "settings.toml")], "python -m parity_tests.check")
     options = settle(options, "float64", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -384,12 +393,19 @@ def main(argv: Sequence[str]) -> int:
             __import__(package)
         if options.rows < 1 or options.seq_len < 2:
             raise UserError("--rows, --seq-len: must be at least 1 and 2")
+        if options.steps < 0:
+            raise UserError(f"--steps {options.steps}: must be at least 1, or 0 for none")
         started = time.monotonic()
         own = options.model if (options.model / "config.json").is_file() else None
         changed = changed_weights(own, options.exported)
         checked = open_model(
             options.model, options.step, options.tokenizer, options.data, options.rows, options.seq_len
         )
+        exported = options.exported or checked.folder
+        if exported is not None:
+            require_export(checked, exported)
+        if options.steps:
+            require_training_state(checked)
         report = Report(
             environment(options.torch_device, options.jax_platform),
             rungs=RUNGS,
@@ -398,7 +414,6 @@ def main(argv: Sequence[str]) -> int:
         )
         size = " x ".join(map(str, checked.rows.inputs.shape))
         report.environment |= {"model": str(checked.source.path), "text": f"{checked.text}, {size} tokens"}
-        exported = options.exported or checked.folder
         print(f"{checked.name}, on {checked.text}, {size} tokens")
         measure(checked, exported, options.torch_device, options.jax_platform, report, say=print)
         if options.steps:

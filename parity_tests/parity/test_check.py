@@ -262,15 +262,19 @@ def test_the_runs_own_dtype_is_measured_too(run, tmp_path, capsys):
     [
         (["nowhere"], "error: nowhere: no such file or folder"),
         (["{exported}", "--steps", "1"], "error: --steps: .* is no training state in a run folder"),
+        (["{exported}", "--steps", "-3"], "error: --steps -3: must be at least 1"),
         (["{exported}", "--rows", "0"], "error: --rows, --seq-len"),
+        (["{run}", "--exported", "{exported}"], "error: --exported: .* is of another model than .*run"),
+        (["{run}", "--exported", "nowhere"], "error: nowhere"),
         (["{run}", "--data", "nothing*.txt"], "error: .*nothing"),
     ],
 )
-def test_mistakes_are_one_line(exported, run, tmp_path, capsys, arguments, message):
+def test_mistakes_are_one_line_before_anything_is_measured(exported, run, tmp_path, capsys, arguments, message):
     filled = [each.format(exported=exported, run=run) for each in arguments]
-    with mock.patch.object(check, "measure"):
+    with mock.patch.object(check, "measure") as measure:
         code, verdict = said(capsys, *filled, "--out", tmp_path)
     assert code == 2 and re.match(message, verdict), verdict
+    assert not measure.called
 
 
 def test_mean_loss_is_that_of_scored_targets():
