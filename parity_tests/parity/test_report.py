@@ -112,6 +112,17 @@ def test_page_is_whole_and_loads_nothing():
     assert not re.search(r'="(nan|-?inf)|,nan|nan,', text)
 
 
+@pytest.mark.parametrize(
+    "losses", [[4.0, 3.0, np.nan, np.inf], [np.nan] * 4, [4.0] * 4], ids=["diverging", "no number", "level"]
+)
+def test_losses_that_are_no_numbers_or_all_the_same_are_drawn(losses):
+    made = made_up(float("nan"))
+    made.divergences = {"float64": Divergence("float64", np.array(losses), np.array(losses[::-1]), None)}
+    made.measurements[1] = Measurement("trace", "trace", "float64", "layers.0.attention", float("nan"), 1e-12)
+    text = page.html(made)
+    assert text.count('<polyline class="line') == 3 and not re.search(r'(points|[xy][12]?|c[xy])="[^"]*(nan|inf)', text)
+
+
 def test_markdown_names_the_failed_place():
     text = page.markdown(made_up(1e-3))
     assert "layer 0 off by 1.00e-03, bound 1e-12" in text
