@@ -1,6 +1,9 @@
 """The report: what it says of passes and failures, its page, and the tables it writes into README.md and docs."""
 
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -164,3 +167,26 @@ def test_errors_are_relative_to_the_largest_value():
     assert relative_error([1 + 2j], [1 - 2j]) == pytest.approx(4 / 5**0.5)  # not of the real parts alone
     with pytest.raises(AssertionError, match="nothing was measured"):
         failures([])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+@pytest.mark.parametrize(
+    ("summary", "said", "named", "unnamed"),
+    [
+        ("1 passed, 8 deselected", "passed", 0, 0),
+        ("1 skipped, 8 deselected", "skipped", 1, 0),
+        ("1 passed, 1 skipped", "passed", 0, 0),
+        ("1 failed", "failed", 1, 1),
+    ],
+)
+def test_a_row_of_the_reliability_runs_that_is_skipped_has_not_passed(summary, said, named, unnamed, tmp_path):
+    """And fails where it was asked for. The commands of the rows stand in for themselves."""
+    for command in ("pytest", "taskset", "git"):
+        printed = f"==== {summary} in 0.10s ====" if command == "pytest" else ""
+        (tmp_path / command).write_text(f"#!/bin/sh\necho '{printed}'\nexit {int('failed' in printed)}\n")
+        (tmp_path / command).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for names, code in ((["quota"], named), ([], unnamed)):
+        command = [REPOSITORY / ".ci/reliability", tmp_path / "reports", *names]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == code and f"quota: {said} after" in ran.stdout, ran
