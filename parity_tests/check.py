@@ -83,6 +83,11 @@ class Checked:
     text: str
     """In words."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The `transformers` folder that it was read from, if it was."""
+        return self.source.path if self.source.kind == "transformers" else None
+
     def values(self, dtype: str = "float32") -> Iterator[tuple[Parameter, np.ndarray]]:
         wanted = "float64" if dtype == "float64" else "float32"
         return ((row, self.state.weights[row.name].astype(wanted)) for row in parameter_table(self.state.model_config))
@@ -133,24 +138,36 @@ def _text(
     return rows_of(tokens[: room + 1], seq), ", ".join(data) or "the Python documentation"
 
 
+def require_export(checked: Checked, folder: Path) -> None:
+    """Raises `UserError` if the folder is of another model."""
+    if import_folder(folder)[0].to_dict() != checked.state.model_config.to_dict():
+        raise UserError(f"--exported: {folder} is of another model than {checked.name}; see its config.json")
+
+
+def require_training_state(checked: Checked) -> None:
+    """Raises `UserError` if training cannot go on from there."""
+    run = checked.source.run
+    if checked.state.first_moment is None or run is None or not (run / "settings.toml").is_file():
+        raise UserError(f"--steps: {checked.name} is no training state in a run folder; give a run folder")
+
+
 # The rungs
 
 
-def changed_weights(folder: Path) -> list[Measurement]:
-    """The tensors of an exported folder that are not what was exported, by its checksums."""
+def changed_weights(*folders: Path | None) -> list[Measurement]:
+    """The tensors of exported folders that are not what was exported, by their checksums."""
     return [
         Measurement("export", str(folder), "float32", f"{our_name(key)}, changed in {key}", float("inf"), 0.0)
+        for folder in dict.fromkeys(filter(None, folders))
         for key in changed_tensors(folder)
     ]
 
 
 def check_export(checked: Checked, folder: Path) -> list[Measurement]:
-    """The tensors of a folder against those that were written, and against the model's."""
-    name, measurements = checked.name, changed_weights(folder)
+    """The tensors of a folder (`require_export`) against those that were written, and against the model's."""
+    name, measurements = checked.name, changed_weights(checked.folder, folder)
     try:
-        config, arrays = import_folder(folder)
-        if config.to_dict() != checked.state.model_config.to_dict():
-            raise UserError(f"{folder}: config.json is of another model")
+        arrays = import_folder(folder)[1]
         for row, value in checked.values():
             try:
                 got = arrays[row.name].astype(np.float32)
@@ -285,12 +302,10 @@ def _decoding(checked: Checked, case, torch_device: str, jax_platform: str, judg
 
 
 def measure_training(checked: Checked, steps: int, report: Report, say: Callable) -> None:
-    """Both frameworks go on from the run's state on its next batches."""
+    """Both frameworks go on from the run's state (`require_training_state`) on its next batches."""
     from parity_tests.harness import training
 
     state, run = checked.state, checked.source.run
-    if state.first_moment is None or run is None or not (run / "settings.toml").is_file():
-        raise UserError(f"--steps: {checked.name} is no training state in a run folder; give a run folder")
     options = command_line.parse(["--config", str(run / "settings.toml")], "python -m parity_tests.check")
     options = settle(options, "float64", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -327,16 +342,18 @@ def verdict(report: Report, checked: Checked) -> str:
     return f"**Yes, to rounding.** {said}. float32, {size} tokens: {', '.join(errors)}."
 
 
-def write(report: Report, checked: Checked, folder: Path) -> None:
-    """The page, and the verdict where `train.convert` and an export's model card have it from."""
+def write(report: Report, checked: Checked, exported: Path | None, folder: Path) -> None:
+    """The page, and the verdict where `train.convert` and an export's model card have it from: that of the model alone
+    for the former, that of the folder it was compared with for its card."""
     from parity_tests.harness import page
 
     page.write(report, folder)
     text = verdict(report, checked)
     content = {"step": checked.state.step, "passed": report.passed, "text": text}
-    (folder / VERDICT.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    card = checked.source.path / "README.md"
-    if checked.source.kind == "transformers" and card.is_file():
+    if exported == checked.folder:
+        (folder / VERDICT.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if exported is not None and (exported / "README.md").is_file():
+        card = exported / "README.md"
         before = card.read_text(encoding="utf-8")
         if PARITY_BEGIN in before:
             card.write_text(page.replace_between_markers(before, text), encoding="utf-8")
@@ -376,12 +393,19 @@ def main(argv: Sequence[str]) -> int:
             __import__(package)
         if options.rows < 1 or options.seq_len < 2:
             raise UserError("--rows, --seq-len: must be at least 1 and 2")
+        if options.steps < 0:
+            raise UserError(f"--steps {options.steps}: must be at least 1, or 0 for none")
         started = time.monotonic()
-        folder = options.model if (options.model / "config.json").is_file() else options.exported
-        changed = changed_weights(folder) if folder else []
+        own = options.model if (options.model / "config.json").is_file() else None
+        changed = changed_weights(own, options.exported)
         checked = open_model(
             options.model, options.step, options.tokenizer, options.data, options.rows, options.seq_len
         )
+        exported = options.exported or checked.folder
+        if exported is not None:
+            require_export(checked, exported)
+        if options.steps:
+            require_training_state(checked)
         report = Report(
             environment(options.torch_device, options.jax_platform),
             rungs=RUNGS,
@@ -390,14 +414,13 @@ def main(argv: Sequence[str]) -> int:
         )
         size = " x ".join(map(str, checked.rows.inputs.shape))
         report.environment |= {"model": str(checked.source.path), "text": f"{checked.text}, {size} tokens"}
-        exported = checked.source.path if checked.source.kind == "transformers" else options.exported
         print(f"{checked.name}, on {checked.text}, {size} tokens")
         measure(checked, exported, options.torch_device, options.jax_platform, report, say=print)
         if options.steps:
             measure_training(checked, options.steps, report, say=print)
         report.environment["took"] = f"{time.monotonic() - started:.0f} s"
         out = options.out or (checked.source.run or checked.source.path.parent) / VERDICT.parent
-        write(report, checked, out)
+        write(report, checked, exported, out)
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: the check runs the model in all three") from error
     except (UserError, SpecificationError) as error:

@@ -73,8 +73,8 @@ def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report,
     """Every rung into the report. Returns the records of float64 with all casts lifted, by side."""
     wide = _run(pair, "float64", gradients, {"torch": lambda _: True, "jax": lambda _: True})
     names = [name for name in wide["torch"].values if name in pair.common(wide["torch"], wide["jax"])]
-    if not names:
-        raise UserError(f"{pair.file}: nothing to compare: no value of the two sides has one name")
+    if "output" not in names:
+        raise UserError(f"{pair.file}: the models' outputs are not compared: JAX has no {pair.jax_name('output')!r}")
     say(_compared(pair, wide, names))
     formulas = _values("modules", pair, "float64", wide)
     report.add(formulas, say)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -33,14 +33,17 @@ class Level:
 
 
 class _LogAxis:
-    """Vertical axis over powers of ten; what is smaller than its lower end is drawn there."""
+    """Vertical axis over powers of ten; what is smaller than its lower end is drawn there, and at its upper end what is
+    larger or no number."""
 
     def __init__(self, values: Sequence[float], floor: float) -> None:
         positive = [value for value in values if value > 0 and math.isfinite(value)]
         self.low = math.floor(math.log10(max(min(positive, default=floor), floor)))
-        self.high = math.ceil(math.log10(max(positive, default=1.0)) + 0.2)
+        self.high = max(math.ceil(math.log10(max(positive, default=1.0)) + 0.2), self.low + 1)
 
     def y(self, value: float) -> float:
+        if math.isnan(value):
+            value = math.inf
         exponent = self.low if value <= 0 else min(max(math.log10(value), self.low), self.high)
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - exponent) / (self.high - self.low)
 
@@ -73,6 +76,13 @@ def _figure(body: str, description: str, x_label: str, legend: Sequence[tuple[st
     )
 
 
+def _polyline(line: Line, length: int, y: Callable[[float], float]) -> str:
+    """The line's finite values over steps 1 to `length`: a run that diverges has others."""
+    x = np.linspace(LEFT, WIDTH - RIGHT, length)
+    points = (f"{x[i]:.1f},{y(float(value)):.1f}" for i, value in enumerate(line.values) if math.isfinite(value))
+    return f'<polyline class="line {line.style}" points="{" ".join(points)}"/>'
+
+
 def log_lines(
     lines: Sequence[Line], levels: Sequence[Level], description: str, x_label: str, floor: float = 1e-17
 ) -> str:
@@ -80,11 +90,7 @@ def log_lines(
     values = [float(value) for line in lines for value in line.values] + [level.value for level in levels]
     axis = _LogAxis(values, floor)
     length = max(len(line.values) for line in lines)
-    body = [axis.grid()]
-    for line in lines:
-        x = np.linspace(LEFT, WIDTH - RIGHT, length)
-        points = " ".join(f"{x[i]:.1f},{axis.y(float(value)):.1f}" for i, value in enumerate(line.values))
-        body.append(f'<polyline class="line {line.style}" points="{points}"/>')
+    body = [axis.grid(), *(_polyline(line, length, axis.y) for line in lines)]
     body.append(_levels(levels, axis))
     for step in (1, length // 2, length):
         x = LEFT + (WIDTH - LEFT - RIGHT) * (step - 1) / max(length - 1, 1)
@@ -95,8 +101,9 @@ def log_lines(
 
 def lines(curves: Sequence[Line], description: str, x_label: str) -> str:
     """Curves over steps 1, 2, ... on a linear axis."""
-    low = math.floor(min(min(curve.values) for curve in curves))
-    high = math.ceil(max(max(curve.values) for curve in curves))
+    finite = [value for curve in curves for value in curve.values if math.isfinite(value)]
+    low = math.floor(min(finite, default=0))
+    high = max(math.ceil(max(finite, default=0)), low + 1)
     length = max(len(curve.values) for curve in curves)
 
     def y(value: float) -> float:
@@ -106,10 +113,7 @@ def lines(curves: Sequence[Line], description: str, x_label: str) -> str:
     for tick in range(low, high + 1):
         body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         body.append(f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick}</text>')
-    x = np.linspace(LEFT, WIDTH - RIGHT, length)
-    for curve in curves:
-        points = " ".join(f"{x[i]:.1f},{y(value):.1f}" for i, value in enumerate(curve.values))
-        body.append(f'<polyline class="line {curve.style}" points="{points}"/>')
+    body += [_polyline(curve, length, y) for curve in curves]
     return _figure("".join(body), description, x_label, [(curve.label, curve.style) for curve in curves])
 
 

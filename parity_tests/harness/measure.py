@@ -64,8 +64,9 @@ def relative_error(got: Any, expected: Any) -> float:
         return float((got != expected).sum())
     if not expected.size:
         return 0.0
-    error = np.abs(got.astype(np.float64) - expected.astype(np.float64)).max()
-    scale = np.abs(expected.astype(np.float64)).max()
+    wide = np.complex128 if np.iscomplexobj(got) or np.iscomplexobj(expected) else np.float64
+    error = np.abs(got.astype(wide) - expected.astype(wide)).max()
+    scale = np.abs(expected.astype(wide)).max()
     return float(error / scale if scale > 0 else error)
 
 
@@ -254,9 +255,8 @@ def run_torch(
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """NumPy has no bfloat16: its values come as float32."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+    """NumPy has no bfloat16: its values come as float32. By force: from any device, detached, conjugates computed."""
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy(force=True)
 
 
 def run_flax(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -128,9 +129,11 @@ def _import(file: Path) -> ModuleType:
     if spec is None:
         raise UserError(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are strings
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UserError(f"{file}: {user_error(error)}") from error
     for name in ("torch_side", "jax_side"):
         if not callable(getattr(module, name, None)):

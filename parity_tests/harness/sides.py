@@ -8,9 +8,9 @@ everything below 1e-7. So there casts from float64 to float32 are lifted: left i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -22,24 +22,25 @@ Lift = Callable[[int], bool] | None
 """Whether the cast of this number, counted from 0, is lifted; None lifts none."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Record:
     """What one side made of its inputs."""
 
-    values: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """What modules take (`input of PATH`) and return (`PATH`; the model itself: `output`), in the order in which this
     was known. Of several results the first is under the module's own name, others are under `PATH.1`, ..."""
-    casts: list[int] = field(default_factory=list)
+    casts: list[int] = dataclasses.field(default_factory=list)
     """Of every cast from float64 to float32, the number of values recorded before it."""
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Of the sum of the output times given numbers, by the name of the tensor; `input N` are those of the inputs."""
 
 
 class _Recorder:
-    """Collects a record while a model runs; values stay what they are (tensors, tracers) until it is over."""
+    """Collects a record while a model runs; values stay what they are (tensors, tracers) until it is over, `copy` of
+    them where the model may write into them later."""
 
-    def __init__(self, lift: Lift) -> None:
-        self.lift, self.values, self.casts = lift, {}, []
+    def __init__(self, lift: Lift, copy: Callable[[Any], Any] = lambda value: value) -> None:
+        self.lift, self.copy, self.values, self.casts = lift, copy, {}, []
 
     def cast(self) -> bool:
         """Notes a cast; whether it is lifted."""
@@ -62,16 +63,29 @@ class _Recorder:
         while unique in self.values:
             calls += 1
             unique = f"{name}, call {calls}"
-        self.values[unique] = leaf
+        self.values[unique] = self.copy(leaf)
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """What is in a nest of tuples, lists and dicts, without Nones."""
+    """What is in a nest of tuples, lists, dicts and dataclasses, without Nones."""
     if isinstance(value, Mapping):
         return [leaf for part in value.values() for leaf in leaves_of(part)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return leaves_of([getattr(value, part.name) for part in dataclasses.fields(value)])
     if isinstance(value, list | tuple):
         return [leaf for part in value for leaf in leaves_of(part)]
     return [] if value is None else [value]
+
+
+def _first(output: Any, is_array: Callable[[Any], bool]) -> Any:
+    """What a model returns first. Without any its output could not be compared."""
+    found = next((leaf for leaf in leaves_of(output) if is_array(leaf)), None)
+    if found is None:
+        kind = type(output).__name__
+        raise TypeError(
+            f"no array in the {kind} it returns; return arrays, or tuples, lists, dicts, dataclasses of them"
+        )
+    return found
 
 
 def as_numpy(value: Any) -> Any:
@@ -120,7 +134,8 @@ class TorchSide:
     def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
         import torch
 
-        module, recorder = self.module.to(getattr(torch, dtype)), _Recorder(lift)
+        module = self.module.to(getattr(torch, dtype))
+        recorder = _Recorder(lift, copy=lambda tensor: tensor.detach().clone())  # `+=`, ReLU(inplace=True)
         with torch.no_grad():
             for name, tensor in module.state_dict().items():
                 if name in self.values:
@@ -142,18 +157,15 @@ class TorchSide:
             stack.enter_context(torch.set_grad_enabled(gradients))
             if lift is not None:
                 stack.enter_context(_lifted_torch(recorder))
-            output = module(*args, **kwargs)
+            out = _first(module(*args, **kwargs), lambda leaf: isinstance(leaf, torch.Tensor))
             record = Record({name: to_numpy(value) for name, value in recorder.values.items()}, recorder.casts)
             if gradients:
-                out = next(leaf for leaf in leaves_of(output) if isinstance(leaf, torch.Tensor))
                 out.backward(torch.from_numpy(_upstream(tuple(out.shape), dtype)).to(out.dtype))
         if gradients:
-            for name, parameter in module.named_parameters():
-                if parameter.grad is not None:
-                    record.gradients[name] = to_numpy(parameter.grad)
-            for index, leaf in enumerate(leaves):
-                if leaf.grad is not None:
-                    record.gradients[f"input {index}"] = to_numpy(leaf.grad)
+            trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+            for name, leaf in (trained | {f"input {index}": leaf for index, leaf in enumerate(leaves)}).items():
+                # what the output does not depend on, or was detached from, has none: JAX calls that zero
+                record.gradients[name] = to_numpy(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             module.zero_grad()
         return record
 
@@ -239,8 +251,7 @@ class JaxSide:
         def forward(params: dict[str, Any], floats: list[Any]) -> Any:
             args, kwargs = _arguments(map_inputs(inputs, _Place, lambda place: floats[place]))
             output = self._call(params, args, kwargs, recorder)
-            out = next(leaf for leaf in leaves_of(output) if isinstance(leaf, jax.Array))
-            return out, recorder.values
+            return _first(output, lambda leaf: isinstance(leaf, jax.Array)), recorder.values
 
         with _lifted_jax(recorder) if lift is not None else contextlib.nullcontext():
             if not gradients:

@@ -174,6 +174,22 @@ def test_the_command_names_the_changed_weight(exported, tmp_path, capsys, key):
     assert code == 1 and f"export, float32, {tmp_path}/changed: {our_name(key)}, changed in {key}. " in verdict
 
 
+def test_another_exported_folder_is_the_one_that_is_compared(exported, tmp_path, capsys):
+    """It, not the model's own, is opened and gets the verdict; `train.convert` is not to take it for the model's."""
+    model = shutil.copytree(exported, tmp_path / "model", ignore=shutil.ignore_patterns("parity"))
+    other = change(model, tmp_path / "other", KEYS[0])
+    before = (model / "README.md").read_text()
+
+    def measure(checked, folder, device, platform, report, say):
+        report.add(check.check_export(checked, folder), say)
+
+    with mock.patch.object(check, "measure", measure):
+        code, verdict = said(capsys, model, "--exported", other)
+    assert code == 1 and f"{other}: {our_name(KEYS[0])}, changed in {KEYS[0]}." in verdict
+    assert "**No.**" in (other / "README.md").read_text() and (model / "README.md").read_text() == before
+    assert not (model / VERDICT).exists() and not (other / VERDICT).exists()
+
+
 def test_a_folder_that_is_not_the_runs_any_more(run, tmp_path, capsys):
     """Also one that keeps no checksums: what it holds is compared with the run's own weights."""
     from train.convert import convert
@@ -246,15 +262,19 @@ def test_the_runs_own_dtype_is_measured_too(run, tmp_path, capsys):
     [
         (["nowhere"], "error: nowhere: no such file or folder"),
         (["{exported}", "--steps", "1"], "error: --steps: .* is no training state in a run folder"),
+        (["{exported}", "--steps", "-3"], "error: --steps -3: must be at least 1"),
         (["{exported}", "--rows", "0"], "error: --rows, --seq-len"),
+        (["{run}", "--exported", "{exported}"], "error: --exported: .* is of another model than .*run"),
+        (["{run}", "--exported", "nowhere"], "error: nowhere"),
         (["{run}", "--data", "nothing*.txt"], "error: .*nothing"),
     ],
 )
-def test_mistakes_are_one_line(exported, run, tmp_path, capsys, arguments, message):
+def test_mistakes_are_one_line_before_anything_is_measured(exported, run, tmp_path, capsys, arguments, message):
     filled = [each.format(exported=exported, run=run) for each in arguments]
-    with mock.patch.object(check, "measure"):
+    with mock.patch.object(check, "measure") as measure:
         code, verdict = said(capsys, *filled, "--out", tmp_path)
     assert code == 2 and re.match(message, verdict), verdict
+    assert not measure.called
 
 
 def test_mean_loss_is_that_of_scored_targets():

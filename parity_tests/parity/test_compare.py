@@ -4,6 +4,7 @@ tried, proven; what the file says wrongly is one line."""
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("torch", reason="one side is torch")
 pytest.importorskip("flax", reason="the other side is Flax")
 
 from parity_tests import compare
+from parity_tests.harness import pair
+from torch_ref.spec.interface import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -187,6 +190,21 @@ def test_a_gradient_that_is_stopped_is_found_with_gradients_only(tmp_path, capsy
     assert "gradient of the first input off by" in text.splitlines()[-2]
 
 
+@pytest.mark.parametrize(
+    ("detached", "place"),
+    [
+        ("x + self.down(self.act(self.up(self.norm(x))).detach())", "gradient of up.bias"),
+        ("x.detach() + self.down(self.act(self.up(self.norm(x.detach()))))", "gradient of the first input"),
+    ],
+)
+def test_what_torch_alone_detaches_has_a_gradient_of_zero(detached, place, tmp_path, capsys):
+    """Torch says None of it, which is not that there is nothing to compare."""
+    file = changed("functional_mlp.py", tmp_path, ("x + self.down(self.act(self.up(self.norm(x))))", detached))
+    code, text = said(capsys, file, "--gradients")
+    assert code == 1 and "The values agree, the gradients part first here: gradients, float64" in text, text
+    assert f"{place} off by" in text.splitlines()[-2], text
+
+
 LINEAR = """
 import numpy as np, torch
 from flax import nnx
@@ -229,6 +247,64 @@ def test_flax_attention_has_its_softmax_in_float32(tmp_path, capsys):
     """`nnx.MultiHeadAttention` differs from torch's by 4e-8 in float64."""
     code, text = said(capsys, changed("attention.py", tmp_path, ('FLOAT32 = ("output",)', "FLOAT32 = ()")))
     assert code == 1 and "float32 inside, float64, attention: output off by" in text, text
+
+
+def test_values_are_kept_as_they_were_before_torch_writes_into_them(tmp_path, capsys):
+    right = "x + self.down(self.act(self.up(self.norm(x))))"
+    in_place = "self.down(self.act(self.up(self.norm(x)))).add_(x)"
+    code, text = said(capsys, changed("functional_mlp.py", tmp_path, (right, in_place)), "--gradients")
+    assert code == 0, text
+
+
+def test_a_file_is_a_module_like_any_other_unless_it_fails(tmp_path):
+    """Dataclasses whose annotations are strings look for their module."""
+    file = tmp_path / "annotated.py"
+    dataclass = "import dataclasses\n@dataclasses.dataclass\nclass Size:\n    width: int = 3\n"
+    sides = "def torch_side(): ...\ndef jax_side(): ...\n"
+    file.write_text(f"from __future__ import annotations\n{dataclass}{sides}")
+    assert pair._import(file).Size().width == 3
+    file.write_text("1 / 0")
+    with pytest.raises(UserError, match="annotated.py: ZeroDivisionError"):
+        pair._import(file)
+    assert "pair_annotated" not in sys.modules
+
+
+RETURNED = """
+import dataclasses, torch
+from jax import numpy as jnp
+class Kept:
+    def __init__(self, values): self.values = values
+@dataclasses.dataclass
+class Output:
+    loss: object
+    values: object
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return {torch}
+def torch_side():
+    return Model(), (torch.arange(6.0),)
+def jax_side():
+    return lambda params, x: {jax}, {{"unused": jnp.ones(2)}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("torch", "jax", "code", "message"),
+    [
+        ("Output(None, x)", "Output(None, x)", 0, "Compared: 1 values, from output to output"),
+        ("Output(None, x)", "2 * x", 1, "They part first in the model"),
+        ("torch.complex(x, x).conj()", "x - 1j * x", 0, "Equal"),
+        ("torch.complex(x, x).conj()", "x + 1j * x", 1, "They part first in the model"),
+        ("Kept(x)", "x", 2, "torch_side()'s model fails in float64: TypeError: no array in the Kept it returns"),
+        ("x", "Kept(x)", 2, "jax_side()'s model fails in float64: TypeError: no array in the Kept it returns"),
+    ],
+)
+def test_outputs_are_compared_whatever_holds_them_or_the_file_is_refused(torch, jax, code, message, tmp_path, capsys):
+    file = tmp_path / "returned.py"
+    file.write_text(RETURNED.format(torch=torch, jax=jax))
+    got, text = said(capsys, file)
+    assert got == code and message in text, text
+    assert code != 2 or text.splitlines()[-1].startswith(f"error: {file}: ")
 
 
 def test_values_inside_jit_scan_and_checkpoint_are_recorded(tmp_path, capsys):
@@ -277,6 +353,7 @@ def jax_side():
         ),
         (('SOURCE = "jax"', 'FLOAT32 = "norm"'), "FLOAT32 must be a tuple of names, not a name"),
         (('SOURCE = "jax"', 'FLOAT32 = ("nrm",)'), "FLOAT32: what is compared has no 'nrm'; 'norm'?"),
+        (('SOURCE = "jax"', 'MODULES = {"output": "head"}'), "the models' outputs are not compared: JAX has no 'head'"),
         (("import numpy as np", "import nump as np"), "ModuleNotFoundError: No module named 'nump'"),
         (("return x + record", "return x[0, :, :5] + record"), "jax_side()'s model fails in float64: ValueError: "),
     ],

@@ -1,6 +1,9 @@
 """The report: what it says of passes and failures, its page, and the tables it writes into README.md and docs."""
 
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -112,6 +115,17 @@ def test_page_is_whole_and_loads_nothing():
     assert not re.search(r'="(nan|-?inf)|,nan|nan,', text)
 
 
+@pytest.mark.parametrize(
+    "losses", [[4.0, 3.0, np.nan, np.inf], [np.nan] * 4, [4.0] * 4], ids=["diverging", "no number", "level"]
+)
+def test_losses_that_are_no_numbers_or_all_the_same_are_drawn(losses):
+    made = made_up(float("nan"))
+    made.divergences = {"float64": Divergence("float64", np.array(losses), np.array(losses[::-1]), None)}
+    made.measurements[1] = Measurement("trace", "trace", "float64", "layers.0.attention", float("nan"), 1e-12)
+    text = page.html(made)
+    assert text.count('<polyline class="line') == 3 and not re.search(r'(points|[xy][12]?|c[xy])="[^"]*(nan|inf)', text)
+
+
 def test_markdown_names_the_failed_place():
     text = page.markdown(made_up(1e-3))
     assert "layer 0 off by 1.00e-03, bound 1e-12" in text
@@ -150,5 +164,29 @@ def test_errors_are_relative_to_the_largest_value():
     assert np.isnan(relative_error([np.nan], [1.0]))
     assert relative_error(np.float32([0.1]), np.float64([0.1])) < 1e-7
     assert relative_error([0.0], [0.0]) == 0 and relative_error([1e-3], [0.0]) == 1e-3
+    assert relative_error([1 + 2j], [1 - 2j]) == pytest.approx(4 / 5**0.5)  # not of the real parts alone
     with pytest.raises(AssertionError, match="nothing was measured"):
         failures([])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+@pytest.mark.parametrize(
+    ("summary", "said", "named", "unnamed"),
+    [
+        ("1 passed, 8 deselected", "passed", 0, 0),
+        ("1 skipped, 8 deselected", "skipped", 1, 0),
+        ("1 passed, 1 skipped", "passed", 0, 0),
+        ("1 failed", "failed", 1, 1),
+    ],
+)
+def test_a_row_of_the_reliability_runs_that_is_skipped_has_not_passed(summary, said, named, unnamed, tmp_path):
+    """And fails where it was asked for. The commands of the rows stand in for themselves."""
+    for command in ("pytest", "taskset", "git"):
+        printed = f"==== {summary} in 0.10s ====" if command == "pytest" else ""
+        (tmp_path / command).write_text(f"#!/bin/sh\necho '{printed}'\nexit {int('failed' in printed)}\n")
+        (tmp_path / command).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for names, code in ((["quota"], named), ([], unnamed)):
+        command = [REPOSITORY / ".ci/reliability", tmp_path / "reports", *names]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == code and f"quota: {said} after" in ran.stdout, ran
