@@ -165,6 +165,21 @@ def test_a_run_on_chats_keeps_and_tells_how_they_are_written(chats, tmp_path):
     assert [message.split(" was")[0] for _, message in compare_identity(data.identity, changed.identity)][0] == "chats"
 
 
+def test_documents_are_not_kept_apart_by_what_ends_a_turn(chats, tmp_path):
+    """No answer would see its question."""
+    masked = dataclasses.replace(chats, document_mask=True)
+    with pytest.raises(UserError, match="--document-mask: .* ends each turn with <.im_end.>, so no answer sees"):
+        open_data(masked, tmp_path / "run")
+    open_data(chats, tmp_path / "begun")
+    assert "--document-mask: " in " ".join(open_data(masked, tmp_path / "begun", resume=True).notes)
+    apart = chat_tokenizer(tmp_path / "apart", chat_template=TEMPLATE, eos_token="<|im_start|>")
+    without_turns = json.loads((apart / "tokenizer_config.json").read_text()) | {
+        "chat_template": "{{ messages[0].content }}"
+    }
+    (apart / "tokenizer_config.json").write_text(json.dumps(without_turns))
+    open_data(dataclasses.replace(masked, tokenizer=str(apart)), tmp_path / "whole")
+
+
 def test_a_trained_tokenizer_joins_by_role_and_says_so(chats, tmp_path):
     data = open_data(dataclasses.replace(chats, tokenizer="bpe"), tmp_path / "run")
     assert data.identity["chats"] == "joined by role" and "under the name of its role" in data.notes[-1]

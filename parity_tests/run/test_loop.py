@@ -315,6 +315,18 @@ def test_keep_checkpoints_keeps_the_latest_and_the_best(stage: Stage) -> None:
     assert stage.files("best") == ["step_4.npz"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_stays(stage: Stage) -> None:
+    stage.prepare(small_options(keep_checkpoints=1))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    stage.backend.delete = refuse
+    assert stage.train() == COMPLETE
+    assert "step_5.npz cannot be removed (Permission denied); it stays" in stage.text
+    assert stage.files("checkpoints") == ["step_10.npz", "step_12.npz", "step_5.npz", "step_final_15.npz"]
+
+
 def test_validation_weighs_tokens_and_counts_bytes(straight: Stage) -> None:
     targets = straight.data.validation.targets
     scored = targets != IGNORE

@@ -97,6 +97,15 @@ def test_spikes_are_rolled_back_at_the_same_step(tmp_path: Path, spike_steps: in
     assert len(stage.records("spike")) == 1
 
 
+def test_a_step_under_way_is_no_part_of_a_row_of_spikes_yet(tmp_path: Path) -> None:
+    """The checkpoint from before the row is spared while the first step of the row is written."""
+    run = ahead(Stage(tmp_path / "run", small_options(checkpoint_interval=10, spike_action="rollback"))).start()
+    run.backend._steps, run.progress.spikes_in_a_row = 20, 1
+    assert run.good_step == 10
+    run.backend._steps, run.begun = 21, object()
+    assert run.good_step == 10 and 10 in run.spared()
+
+
 @pytest.mark.parametrize("limit", [1, 2, 4])
 def test_a_run_without_finite_losses_stops_at_the_same_step(tmp_path: Path, limit: int) -> None:
     found = []

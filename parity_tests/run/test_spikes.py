@@ -163,8 +163,17 @@ def test_a_run_that_diverges_again_and_again_stops(tmp_path: Path) -> None:
     ]
     assert stage.records("end")[-1]["state"] == "diverged"
     assert "the loss rose again after each of 3 rollbacks to the same weights" in stage.text
+    assert [path.name for path in stage.backend.saves][-1] == "step_46.npz" and stage.text.count("at step 46\n") == 1
     stage.prepare(stage.options)
     assert stage.train() == COMPLETE, "tries on"
+
+
+def test_losses_that_are_no_numbers_are_gone_with_the_weights(tmp_path: Path) -> None:
+    """They count as skipped steps too, of which as many would stop the run."""
+    stage = prepared(tmp_path / "run", max_skipped_steps=4)
+    stage.backend.broken_steps = {34, 35, 36, 37}
+    assert stage.train() == COMPLETE
+    assert [(r["step"], r["rolled_back_to"]) for r in stage.records("spike")] == [(37, 30)]
 
 
 def test_without_a_good_checkpoint_it_says_so(tmp_path: Path) -> None:

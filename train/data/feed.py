@@ -95,7 +95,7 @@ class Data:
         if options.tokenizer != TRAINED:
             tokenizer = open_tokenizer(options.tokenizer, options.vocab_size, (), folder, keep_tokenizer)
         for corpus in [*self.corpora, *own]:
-            self._choose_rules(corpus, tokenizer.chat if tokenizer else ChatFormat(), kept.rules < RULES)
+            self._choose_rules(corpus, tokenizer, kept.rules < RULES, resume)
 
         bound = 0
         if options.validation_rows and options.validation_fraction:
@@ -174,19 +174,35 @@ class Data:
             for name, files in self.options.validation_files().items()
         ]
 
-    def _choose_rules(self, corpus: Corpus, chat: ChatFormat, former: bool) -> None:
-        """The first row decides whether a dataset is one of chats."""
+    def _choose_rules(self, corpus: Corpus, tokenizer: TextTokenizer | None, former: bool, resume: bool) -> None:
+        """The first document decides whether a dataset is one of chats."""
         if former:
             corpus.rules = FORMER
             return
+        chat = tokenizer.chat if tokenizer else ChatFormat()
         corpus.rules = TextRules(chat)
         with closing(self._reader(corpus, lambda document: True).documents(1)) as documents:
             first = next(documents, None)
         corpus.chats = first is not None and first.is_chat
         if corpus.chats:
             self.notes.append(f"{corpus.label}chats, {chat.in_words}")
+            if self.options.document_mask and chat.template is not None:
+                self._require_whole(first.text, tokenizer, resume)
         else:
             corpus.rules = TextRules(None)
+
+    def _require_whole(self, chat: str, tokenizer: TextTokenizer, resume: bool) -> None:
+        """Raises `UserError` if the end of a turn would be taken for that of a document; of a run that began so, it is
+        said."""
+        end = tokenizer.end_of_text
+        if end in chat.rstrip().removesuffix(end):
+            message = (
+                f"--document-mask: the chat template of {tokenizer.name} ends each turn with {end}, so no answer sees "
+                "its question; leave it out, or name a tokenizer with another eos_token"
+            )
+            if not resume:
+                raise UserError(message)
+            self.notes.append(message)
 
     def _reader(self, corpus: Corpus, keep: Callable[[Document], bool]) -> Reader:
         options = self.options

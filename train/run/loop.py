@@ -140,13 +140,14 @@ class Run:
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
                         self.together.agree(self.log.unread)
-                        # Last: a run that goes on from this checkpoint says nothing of the step again.
-                        if self.save_due:
-                            self.save()
+                        # Either writes the step's checkpoint itself, once: Flax removes one before it writes it anew.
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
                         if self.progress.rollbacks > ROLLBACKS and not self.finished:
                             return self.stop_spiking()
+                        # Last: a run that goes on from this checkpoint says nothing of the step again.
+                        if self.save_due:
+                            self.save()
                         if self.together.wishes.unread:
                             return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
                         if self.together.stop_number and not self.finished:
@@ -353,7 +354,8 @@ class Run:
     @property
     def good_step(self) -> int:
         """The step of the checkpoint to roll back to; 0 if there is none."""
-        return good_step(self.progress, self.step, self.options.checkpoint_interval)
+        known = self.step - (self.begun is not None)  # the step under way has no loss yet
+        return good_step(self.progress, known, self.options.checkpoint_interval)
 
     def heed_spike(self, loss: float) -> None:
         """Warn of a run that diverges, and roll it back if that was asked for; the step then ends with a checkpoint."""
@@ -487,13 +489,11 @@ class Run:
         """The weights are still those of the last good step."""
         skipped = self.progress.skipped_in_a_row
         self.progress.skipped_in_a_row = 0  # a resumed run may try as many again
-        self.saved_step = None  # the checkpoint of this step has another count
         self.save()
         return self._end(endings.not_finite(self.step, skipped))
 
     def stop_spiking(self) -> int:
         self.progress.rollbacks = 0  # a resumed run may try as many again
-        self.saved_step = None  # the checkpoint of this step has another count
         self.save()
         return self._end(endings.spiking(self.step))
 

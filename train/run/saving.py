@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from torch_ref.spec.interface import Backend, UserError
 from train.run.runlog import RULE
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -38,7 +41,7 @@ class Saver:
         path = self._write(self.best, f"step_{meta['step']}", meta)
         for _, other in self._backend.find(self.best):
             if other != path:
-                self._backend.delete(other)
+                self._remove(other)
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Say so once the checkpoint under way has landed; only then do older ones make room. What went wrong in the
@@ -52,7 +55,13 @@ class Saver:
         if self._keep:
             for step, old in self._backend.find(self.folder)[: -self._keep]:
                 if step not in self._spared():
-                    self._backend.delete(old)
+                    self._remove(old)
+
+    def _remove(self, old: Path) -> None:
+        try:
+            self._backend.delete(old)
+        except OSError as error:  # it takes room, and is in nobody's way
+            log.warning("%s cannot be removed (%s); it stays", old, error.strerror or error)
 
     def settle(self, say: Callable[[str], None]) -> None:
         """Wait for the checkpoint under way; what went wrong with it is raised here."""

@@ -65,7 +65,7 @@ def roll_back(backend: Backend, folder: Path, good: int, progress: Progress) -> 
     backend.load_state(dataclasses.replace(backend.state(), step=step))
     progress.rollbacks = progress.rollbacks + 1 if good == progress.rolled_back_at else 1
     progress.rolled_back_at = step
-    progress.spikes_in_a_row = 0
+    progress.spikes_in_a_row = progress.skipped_in_a_row = 0  # of weights that are gone
     return True
 
 
