@@ -54,6 +54,17 @@ def test_a_step_is_compiled_once():
     backend.close()
 
 
+def test_a_step_of_micro_batches_is_traced_once(monkeypatch):
+    """For the shapes of the sums and for the scan."""
+    from flax_model import train_step
+    from parity_tests.support.backends import make_backend
+
+    traced, objective = [], train_step.objective
+    monkeypatch.setattr(train_step, "objective", lambda *arguments: (traced.append(1), objective(*arguments))[1])
+    make_backend("flax").lower_step((2, 2, 16))
+    assert len(traced) == 1
+
+
 def test_a_layer_keeps_what_it_is_meant_to_keep():
     """Memory of one more layer: its gradients, the values with names, routing among them, and its input. Anything else
     that were saved for the backward pass (a norm, a gate, a second copy of a weight) would show."""
