@@ -21,50 +21,34 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend, StepResult, UserError
-from torch_ref.spec.storage import first_line, write_whole
+from torch_ref.spec.storage import write_whole
 from train.data.corpus import DataError
 from train.data.feed import Data
 from train.data.options import HELD_OUT
 from train.data.packing import Batch
 from train.plot import plot_runs
 from train.run import endings
-from train.run.changes import changes_since
 from train.run.clock import Clock
 from train.run.endings import Ending
 from train.run.lr_finder import find_learning_rate
-from train.run.measures import step_measures
+from train.run.measures import BegunStep, step_measures
 from train.run.options import Options
+from train.run.origin import Origin, put_at_origin
 from train.run.overview import overview, phase_line, require_disk
 from train.run.progress import Progress
 from train.run.runlog import RunLog, SilentLog, heard, last_word
 from train.run.saving import Saver
-from train.run.scoring import score
+from train.run.scoring import score, validation_line
 from train.run.signals import CLOSED_PIPE, Stop, StopSignals
 from train.run.spikes import ROLLBACKS, diverged, good_step, in_words, roll_back
-from train.run.together import Together, require_same
+from train.run.together import Together
 from train.run.tracing import Tracing
 from train.shell import COMPLETE
-from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
-from train.state.source import read_start
 
 FINAL_WEIGHTS = "deepseek_final"
-
-
-@dataclass(frozen=True)
-class BegunStep:
-    """A step under way: its number, the position in the data after its batch, the rows left out of the data so far,
-    when the wait for the batch began (by `time.perf_counter`) and its seconds, and what waits for the result."""
-
-    step: int
-    cursor: dict
-    bad_rows: int
-    started: float
-    waited: float
-    result: Callable[[], StepResult]
 
 
 class Run:
@@ -97,29 +81,28 @@ class Run:
         self.data = data
         self.write_weights = write_weights
         self.progress = Progress()
-        self.changes: list[str] = []
         self.saved_step: int | None = None
-        self.resumed: Path | None = None
-        """The checkpoint that this start goes on from."""
         self.begun: BegunStep | None = None
         """The step that the device may still be at, and nothing was said of yet."""
         self.step_ended = 0.0
         """When the last one ended, by `time.perf_counter`."""
+        self.origin: Origin
         self.log: RunLog
 
     def train(self) -> int:
         """Train to the end, or until something stops it; returns the exit code. Whatever stopped it, the run can be
         started again and goes on from its latest checkpoint."""
         with heard() as before_the_log:
-            origin = self.begin()
+            self.begin()
         if self.complete:
-            print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}{self.passed_over}.")
+            passed_over = self.origin.passed_over
+            print(f"The run is complete: {self.outcome}. Nothing is left to do in {self.run_dir}{passed_over}.")
             return COMPLETE
 
         with self.open_log() as self.log, self.signals:
             for message in before_the_log:
                 self.log.warn(message)
-            self.introduce(origin)
+            self.introduce()
             try:
                 if self.options.find_lr and self.step == 0:
                     self.adopt_learning_rate()
@@ -189,14 +172,6 @@ class Run:
         return last_word(self.run_dir) == endings.complete(self.outcome).state
 
     @property
-    def passed_over(self) -> str:
-        """In words, if what `--resume-from` names is not what the run goes on from."""
-        asked, taken = self.options.resume_from, self.resumed
-        if asked is None or taken is None or taken.resolve().is_relative_to(asked.resolve()):
-            return ""
-        return f" (not from --resume-from {asked}: the folder has checkpoints of its own)"
-
-    @property
     def stopped_early(self) -> bool:
         return 0 < self.options.patience <= self.progress.stale_validations
 
@@ -218,55 +193,24 @@ class Run:
             or self.step == self.options.total_steps > self.options.eval_interval > 0
         )
 
-    # ---------------------------------------------------------------------------------------------- begin or resume
+    # ------------------------------------------------------------------------------------------------------- begin
 
-    def begin(self) -> str:
-        """Put weights, optimizer and progress where the run starts; returns in words where that is."""
-        own = own_checkpoints(self.backend, self.run_dir, self.options.resume_from)
-        require_same(self.backend, f"checkpoints in {self.run_dir}", [path.name for _, path in own])
-        if own and self.options.resume_from:
-            refuse_to_go_back(self.options.resume_from, own)
-        if own or self.options.resume_from:
-            self.resumed = self._restore(own)
-            return f"Resuming from {self.resumed} at step {self.step}{self.passed_over}"
-        if self.options.init_from:
-            self.backend.load_state(read_start(self.options.init_from, self.options.model))
-            return f"Starting from the weights of {self.options.init_from}"
-        self.backend.init(self.options.seed)
-        return f"Starting from random weights with seed {self.options.seed}"
+    def begin(self) -> None:
+        """Put weights, optimizer and progress where the run starts."""
+        self.origin = put_at_origin(self.backend, self.data, self.options, self.run_dir, self.automatic)
+        self.progress, self.saved_step = self.origin.progress, self.origin.saved_step
+        self._use_learning_rate(self.origin.learning_rate)
 
-    def _restore(self, own: list[tuple[int, Path]]) -> Path:
-        """Go on from the newest whole checkpoint of the run, or else the one that was asked for."""
-        checkpoint, meta = restore_newest(self.backend, self.run_dir, own, self.options.resume_from)
-        try:
-            if self.options.find_lr:
-                # The rate that was found when the run began.
-                self._use_learning_rate(float(meta["options"]["learning_rate"]))
-            identity = self.data.identity
-            self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
-            self.progress = Progress.stored(meta["progress"])
-            before, now = meta.get("judged_by"), self.data.judged_by
-            if before and now and before != now:
-                self.changes.append("the rows that decide which state is the best, which is looked for anew")
-                self.progress.forget_best()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{checkpoint}: what it says of its run is not as this version writes it ({first_line(error)}); take "
-                "an earlier one, or its weights alone with --init-from"
-            ) from error
-        self.saved_step = self.step if checkpoint in [path for _, path in own] else None
-        return checkpoint
-
-    def introduce(self, origin: str) -> None:
+    def introduce(self) -> None:
         """Say what will be trained, on what and where, and how much disk the checkpoints take."""
         if not self.writes:
             return
         require_disk(self.options, self.run_dir)
         self._write_settings()
-        for change in self.changes:
+        for change in self.origin.changes:
             self.log.warn(f"changed since the checkpoint: {change}")
         self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
-        self.log.say(origin)
+        self.log.say(self.origin.said)
         self._announce_phase()
 
     def _write_settings(self) -> None:
@@ -331,24 +275,18 @@ class Run:
         seconds = ended - max(begun.started, self.step_ended)
         self.step_ended = ended
 
-        progress = self.progress
-        progress.cursor = begun.cursor
-        progress.tokens_seen += result.tokens
-        progress.loss = result.loss
-        progress.skipped_steps += not result.applied
-        progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+        self.progress.stepped(begun.cursor, result)
         self._log_step(begun, result, seconds)
         self.heed_spike(result.loss)
         if begun.step == self.options.steps:
             self._announce_phase()
 
     def _log_step(self, begun: BegunStep, result: StepResult, seconds: float) -> None:
-        progress, told = self.progress, (seconds, begun.waited, begun.bad_rows)
-        self.log.step(*step_measures(self.options, self.backend, begun.step, result, progress, *told))
+        self.log.step(*step_measures(self.options, self.backend, begun, result, self.progress, seconds))
         if not result.applied:
             self.log.warn(
                 f"step {begun.step} updated nothing: loss {result.loss} or gradient norm {result.grad_norm} is not "
-                f"finite ({progress.skipped_in_a_row} in a row, at {self.options.max_skipped_steps} the run stops)"
+                f"finite ({self.progress.skipped_in_a_row} in a row, at {self.options.max_skipped_steps} the run stops)"
             )
 
     @property
@@ -402,11 +340,7 @@ class Run:
                 values["best_step"] = self.progress.best_step
                 values["stale_validations"] = self.progress.stale_validations
                 verdict = " (the best so far)" if better else f" (the best was at step {self.progress.best_step})"
-            self.log.validation(
-                values,
-                f"Validation at step {self.step}{'' if name == HELD_OUT else f', {name}'} | Loss: {loss:.4f} | "
-                f"Perplexity: {values['perplexity']:.2f} | Bits per byte: {values['bits_per_byte']:.4f}{verdict}",
-            )
+            self.log.validation(values, validation_line(values) + verdict)
         if better:
             # It is saved in the middle of a validation that is then done.
             self.saver.keep_best(self._meta(owed=[]))

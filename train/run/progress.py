@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from torch_ref.spec.interface import StepResult
+
 
 @dataclass
 class Progress:
@@ -49,6 +51,14 @@ class Progress:
         if unknown := set(values.get("owed", ())) - {"validation", "sample"}:
             raise ValueError(f"{sorted(unknown)} are not known to be owed")
         return cls(**values)
+
+    def stepped(self, cursor: dict, result: StepResult) -> None:
+        """Take note of a step, and of the position in the data after it."""
+        self.cursor = cursor
+        self.tokens_seen += result.tokens
+        self.loss = result.loss
+        self.skipped_steps += not result.applied
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
 
     def validated(self, step: int, loss: float, min_delta: float) -> bool:
         """Take note of a validation loss; True if it is the best. NaN never is."""

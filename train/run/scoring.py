@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,15 @@ def score(backend: Backend, validation: Validation, rows: int, before_part: Call
         perplexity = float(np.exp(loss))
     bits_per_byte = loss_sum / math.log(2) / validation.bytes
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte, "tokens": tokens}
+
+
+def validation_line(values: dict[str, Any]) -> str:
+    """For the console: the step, the dataset if it is not the run's own text, and the scores."""
+    dataset = f", {values['dataset']}" if "dataset" in values else ""
+    return (
+        f"Validation at step {values['step']}{dataset} | Loss: {values['loss']:.4f} | "
+        f"Perplexity: {values['perplexity']:.2f} | Bits per byte: {values['bits_per_byte']:.4f}"
+    )
 
 
 def fixed_size_parts(inputs: np.ndarray, targets: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
