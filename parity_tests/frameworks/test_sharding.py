@@ -99,7 +99,8 @@ def test_gradients_of_shards_are_summed_in_float32():
     specs |= {"step": WHOLE, "updates": WHOLE}
     settings = {"graphdef": structure(CONFIG), "config": CONFIG, "compute": compute, "optimizer": OPTIMIZER}
     step = partial(train_step, **settings, decay=decay_mask(CONFIG))
-    mesh, parts = jax.sharding.AbstractMesh(shape, MESH_AXES), (specs, BATCH, BATCH, WHOLE)
+    axes = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)  # as a mesh of devices has them
+    mesh, parts = jax.sharding.AbstractMesh(shape, MESH_AXES, axes), (specs, BATCH, BATCH, WHOLE)
     step = jax.shard_map(step, mesh=mesh, in_specs=parts, out_specs=(specs, WHOLE), check_vma=False)
     program = str(jax.make_jaxpr(step)(state, tokens, tokens, jax.ShapeDtypeStruct((), np.float32)))
     summed, gathered = (re.findall(rf":(\w+)\[\S* = {name}\[", program) for name in ("reduce_scatter", "all_gather"))
