@@ -125,6 +125,7 @@ class TorchSide:
 
     def __init__(self, module: Any, inputs: Any) -> None:
         self.module, self.inputs = module.eval().cpu(), inputs
+        self._buffers = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
         self.values = {
             name: to_numpy(tensor).astype(np.float64)
             for name, tensor in module.state_dict().items()
@@ -134,18 +135,15 @@ class TorchSide:
     def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
         import torch
 
-        module = self.module.to(getattr(torch, dtype))
+        module = self._prepared(dtype)
         recorder = _Recorder(lift, copy=lambda tensor: tensor.detach().clone())  # `+=`, ReLU(inplace=True)
-        with torch.no_grad():
-            for name, tensor in module.state_dict().items():
-                if name in self.values:
-                    tensor.copy_(torch.from_numpy(self.values[name].astype(dtype)))
         leaves: list[Any] = []
 
         def tensor(array: np.ndarray) -> Any:
             made = torch.from_numpy(np.array(_in_dtype(array, dtype)))
             if gradients and made.is_floating_point():
                 leaves.append(made.requires_grad_())
+                return made.clone()  # a module may write into what it is given, but not into a leaf
             return made
 
         args, kwargs = _arguments(map_inputs(self.inputs, np.ndarray, tensor))
@@ -168,6 +166,24 @@ class TorchSide:
                 record.gradients[name] = to_numpy(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             module.zero_grad()
         return record
+
+    def _prepared(self, dtype: str) -> Any:
+        """The module in this dtype with `values` in it, its buffers as they were before any run wrote into them or
+        rounded them. (`Module.to` takes the imaginary parts of complex ones, as of RoPE's `freqs_cis`.)"""
+        import torch
+
+        wide = dtype == "float64"
+        module = self.module.double() if wide else self.module.float()
+        real, paired = (torch.float64, torch.complex128) if wide else (torch.float32, torch.complex64)
+        for name, buffer in self._buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            kind = real if buffer.is_floating_point() else paired if buffer.is_complex() else buffer.dtype
+            setattr(module.get_submodule(owner), leaf, buffer.to(kind, copy=True))
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                if name in self.values:
+                    tensor.copy_(torch.from_numpy(self.values[name].astype(dtype)))
+        return module
 
     @staticmethod
     def _hooks(path: str, module: Any, recorder: _Recorder) -> list[Any]:

@@ -1,0 +1,87 @@
+"""`python -m parity_tests.compare` on kinds of modules that are the same but easily seem not to be, or the other way
+round: buffers, tied weights, dictionaries, several outputs, values without a size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="one side is torch")
+pytest.importorskip("flax", reason="the other side is Flax")
+
+from parity_tests import compare
+
+HEAD = """
+import jax, numpy as np, torch
+from flax import nnx
+from jax import numpy as jnp
+from torch import nn
+X = np.random.default_rng(0).standard_normal((2, 5, 8))
+KERNEL = {"kernel": np.zeros((8, 8)), "bias": np.zeros(8)}
+def linear(params, x):
+    return x @ params["kernel"] + params["bias"]
+"""
+
+
+def said(text: str, tmp_path: Path, capsys, *options: str) -> tuple[int, str]:
+    """The exit code for a file of this text, and what was printed."""
+    file = tmp_path / "kinds.py"
+    file.write_text(HEAD + text)
+    code = compare.main([str(file), *options])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+ROPE = """
+TABLE = np.outer(np.arange(5), 100.0 ** -(np.arange(4) / 4)).astype("float32")
+TABLE = np.exp(1j * TABLE).astype("complex64")
+class Rotated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.register_buffer("freqs_cis", torch.from_numpy(TABLE), persistent=False)
+    def forward(self, x):
+        pairs = torch.view_as_complex(self.q(x).reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.freqs_cis).flatten(-2)
+def torch_side():
+    return Rotated(), (X,)
+def rotated(params, x):
+    even, odd = jnp.moveaxis(linear(params["q"], x).reshape(2, 5, 4, 2), -1, 0)
+    cos, sin = TABLE.real, {sine}
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(2, 5, 8)
+def jax_side():
+    return rotated, {{"q": KERNEL}}
+"""
+
+
+@pytest.mark.parametrize(("sine", "code"), [("TABLE.imag", 0), ("0 * TABLE.imag", 1)])
+def test_a_complex_buffer_stays_complex(sine, code, tmp_path, capsys):
+    """RoPE's angles as the original Llama and DeepSeek keep them."""
+    got, text = said(ROPE.format(sine=sine), tmp_path, capsys, "--gradients")
+    assert got == code, text
+
+
+def test_buffers_and_inputs_are_those_of_the_first_run_in_each(tmp_path, capsys):
+    """A module may write into both."""
+    text = """
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(8, 8)
+        self.register_buffer("position", torch.tensor(0))
+        self.register_buffer("table", torch.from_numpy(X[0]) / 3, persistent=False)
+    def forward(self, x):
+        out = self.fc(self.act(x)) + self.position + self.table
+        self.position += x.shape[1]
+        self.table += 1
+        return out
+def torch_side():
+    return Counting(), (X,)
+def jax_side():
+    return lambda params, x: linear(params["fc"], jax.nn.relu(x)) + X[0] / 3, {"fc": KERNEL}
+"""
+    assert said(text, tmp_path, capsys, "--gradients")[0] == 0
+    wrong = text.replace('params["fc"], jax.nn', '{**params["fc"], "bias": 0}, jax.nn')
+    code, text = said(wrong, tmp_path, capsys)  # tried after the run in float32, which rounds the table
+    assert code == 1 and "confirmed, with it" in text and "a missing bias: JAX does not add fc.bias" in text, text
