@@ -61,9 +61,23 @@ class Pair:
     def common(self, torch: Record, jax: Record) -> dict[str, np.ndarray]:
         """Of JAX's record, what torch's has too, under torch's names and, where that is a matter of layout (heads as
         an axis of their own, channels last), in torch's shapes."""
-        renamed = {self.jax_name(name): name for name in torch.values}
+        renamed = {other: name for name, other in self.partners(torch, jax).items()}
         values = {renamed[name]: value for name, value in jax.values.items() if name in renamed}
         return {name: _laid_out(value, torch.values[name].shape) for name, value in values.items()}
+
+    def partners(self, torch: Record, jax: Record) -> dict[str, str]:
+        """Names of torch's values to JAX's, of those that both have. Several results of a module are told apart by
+        their keys, where both sides have some of the same; else by their order."""
+        by_key = {key: name for name, key in jax.keys.items()}
+        keys = {name: (self.jax_name(first), key) for name, (first, key) in torch.keys.items()}
+        keyed = {first for first, key in keys.values() if (first, key) in by_key}
+        partners = {}
+        for name in torch.values:
+            first, key = keys.get(name, ("", ""))
+            other = by_key.get((first, key)) if first in keyed else self.jax_name(name)
+            if other in jax.values:
+                partners[name] = other
+        return partners
 
     def jax_name(self, name: str) -> str:
         """What torch's value of this name is called on JAX's side."""

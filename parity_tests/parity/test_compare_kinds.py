@@ -85,3 +85,57 @@ def jax_side():
     wrong = text.replace('params["fc"], jax.nn', '{**params["fc"], "bias": 0}, jax.nn')
     code, text = said(wrong, tmp_path, capsys)  # tried after the run in float32, which rounds the table
     assert code == 1 and "confirmed, with it" in text and "a missing bias: JAX does not add fc.bias" in text, text
+
+
+RETURNED = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+    def forward(self, x):
+        h = self.fc(x)
+        return {torch}
+def torch_side():
+    return Model(), (X,)
+def model(params, x):
+    h = linear(params["fc"], x)
+    return {jax}
+def jax_side():
+    return model, {{"fc": KERNEL}}
+"""
+BOTH = '{"logits": h.tanh(), "hidden": {"last": h}}'
+
+
+@pytest.mark.parametrize(
+    ("torch", "jax", "code"),
+    [
+        (BOTH, '{"hidden": {"last": h}, "logits": jnp.tanh(h)}', 0),
+        (BOTH, '{"hidden": {"last": jnp.tanh(h)}, "logits": h}', 1),
+        (BOTH, '{"hidden": {"last": h}}', 0),
+        (BOTH, '{"scores": jnp.tanh(h), "states": h}', 0),
+        (BOTH, "(jnp.tanh(h), h)", 0),
+        (BOTH, "(h, jnp.tanh(h))", 1),
+        ("(h, h.tanh().mean())", "(h, jnp.tanh(h).mean())", 0),
+        ("(h, h.tanh().mean())", "(h, jnp.tanh(jax.lax.stop_gradient(h)).mean())", 1),
+        ("(h, h.tanh().mean().detach())", "(h, jnp.tanh(h).mean())", 1),
+        ("(h, h.argmax(-1), h.detach())", "(h, h.argmax(-1), jax.lax.stop_gradient(h))", 0),
+    ],
+)
+def test_outputs_are_told_apart_by_their_keys_and_all_have_gradients(torch, jax, code, tmp_path, capsys):
+    """Keys in another order are the same; where none is the same, and without keys, it is their order that counts."""
+    got, text = said(RETURNED.format(torch=torch, jax=jax), tmp_path, capsys, "--gradients")
+    assert got == code, text
+    assert code == 0 or "They part first" in text or "the gradients part first" in text, text
+
+
+def test_outputs_without_floats_have_no_gradients(tmp_path, capsys):
+    code, text = said(RETURNED.format(torch="h.argmax(-1)", jax="h.argmax(-1)"), tmp_path, capsys, "--gradients")
+    assert code == 2 and text.endswith("kinds.py: --gradients: the models return no floats\n"), text
+
+
+@pytest.mark.parametrize(("mask", "code"), [("tri(5)", 0), ("tri(5, k=1)", 1), ("zeros((5, 5))", 1), ("eye(5)", 1)])
+def test_infinities_of_a_mask_are_equal_where_both_have_them(mask, code, tmp_path, capsys):
+    torch = 'torch.where(torch.ones(5, 5).tril().bool()[..., None], h[:, None], float("-inf"))'
+    jax = f"jnp.where(np.{mask}.astype(bool)[..., None], h[:, None], -jnp.inf)"
+    got, text = said(RETURNED.format(torch=torch, jax=jax), tmp_path, capsys)
+    assert got == code, text
