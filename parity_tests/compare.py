@@ -57,9 +57,9 @@ def prepare(pair: Pair, source: str, keep: bool) -> Iterator[str]:
     yield f"Tensors of torch and JAX; both get the weights of {'torch' if source == 'torch' else 'JAX'}:"
     for link in pair.links:
         yield f"  {link.torch} -> {link.jax}, {link.how}" + (f" ({link.doubt})" if link.doubt else "")
-    linked = {link.torch for link in pair.links}
+    linked = {(pair.slots[link.torch].tensor, pair.slots[link.torch].part) for link in pair.links}
     for side, names in (
-        ("torch", [name for name in pair.slots if name not in linked]),
+        ("torch", [name for name, slot in pair.slots.items() if (slot.tensor, slot.part) not in linked]),
         ("JAX", sorted(pair.jax.values.keys() - {link.jax for link in pair.links})),
     ):
         for name in names:

@@ -40,7 +40,7 @@ class Slot:
     """A tensor of the torch model, or a third of one that holds queries, keys and values."""
 
     tensor: str
-    """Its name in the state dict."""
+    """Its name in the state dict; of one that is tied to others, the first."""
     shape: tuple[int, ...]
     kind: str
     """How torch lays it out: `linear` [out, in], `conv` [out, in, ...], or anything else."""
@@ -73,6 +73,13 @@ class Link:
         return result.reshape(shape)
 
 
+def first_names(module: Any) -> dict[str, str]:
+    """Of each parameter's name, the first one that the same parameter has: tied ones have several."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    firsts = {id(parameter): name for name, parameter in reversed(named)}
+    return {name: firsts[id(parameter)] for name, parameter in named}
+
+
 def torch_slots(module: Any, split: Mapping[str, int]) -> dict[str, Slot]:
     """The float tensors of a module by name; `split` are those in several parts along the first axis, which are then
     called `name[0]`, `name[1]`, ... The one of `nn.MultiheadAttention` is split into what torch calls its parts."""
@@ -80,14 +87,14 @@ def torch_slots(module: Any, split: Mapping[str, int]) -> dict[str, Slot]:
     from torch import nn
 
     kinds = {nn.Linear: "linear", nn.modules.conv._ConvNd: "conv"}
-    modules = dict(module.named_modules())
+    modules, firsts = dict(module.named_modules()), first_names(module)
     slots = {}
     for name, tensor in module.state_dict().items():
         if not tensor.is_floating_point():
             continue
         owner, _, leaf = name.rpartition(".")
         kind = next((kind for cls, kind in kinds.items() if isinstance(modules[owner], cls)), "")
-        slot = Slot(name, tuple(tensor.shape), kind if leaf == "weight" else "")
+        slot = Slot(firsts.get(name, name), tuple(tensor.shape), kind if leaf == "weight" else "")
         if name in split:
             parts = {f"{name}[{index}]": (split[name], index) for index in range(split[name])}
         elif isinstance(modules[owner], torch.nn.MultiheadAttention) and leaf.startswith("in_proj_"):

@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 
+from parity_tests.harness.links import first_names
 from parity_tests.harness.measure import to_numpy
 
 Lift = Callable[[int], bool] | None
@@ -140,15 +141,17 @@ def _upstream(number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 class TorchSide:
-    """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict."""
+    """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict; tied
+    ones by their first."""
 
     def __init__(self, module: Any, inputs: Any) -> None:
         self.module, self.inputs = module.eval().cpu(), inputs
         self._buffers = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
+        firsts = first_names(module)
         self.values = {
             name: to_numpy(tensor).astype(np.float64)
             for name, tensor in module.state_dict().items()
-            if tensor.is_floating_point()
+            if tensor.is_floating_point() and firsts.get(name, name) == name
         }
 
     def run(self, dtype: str, lift: Lift = None, gradients: Sequence[str] = ()) -> Record:

@@ -139,3 +139,32 @@ def test_infinities_of_a_mask_are_equal_where_both_have_them(mask, code, tmp_pat
     jax = f"jnp.where(np.{mask}.astype(bool)[..., None], h[:, None], -jnp.inf)"
     got, text = said(RETURNED.format(torch=torch, jax=jax), tmp_path, capsys)
     assert got == code, text
+
+
+TIED = """
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc, self.lm_head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+    def forward(self, x):
+        return self.lm_head(self.fc(self.embed(x)))
+def torch_side():
+    return Tied(), (torch.arange(10).reshape(2, 5),)
+def tied(params, x):
+    table = params["table"]
+    return linear(params["fc"], {table}[x]) @ table.T
+def jax_side():
+    draw = np.random.default_rng(1).standard_normal
+    return tied, {{"table": draw((11, 8)), "fc": {{"kernel": draw((8, 8)), "bias": draw(8)}}}}
+"""
+
+
+@pytest.mark.parametrize("source", ["torch", "jax"])
+@pytest.mark.parametrize("name", ["embed.weight", "lm_head.weight"])
+@pytest.mark.parametrize(("table", "code"), [("table", 0), ("jax.lax.stop_gradient(table)", 1)])
+def test_tied_weights_are_one_under_either_name(source, name, table, code, tmp_path, capsys):
+    text = TIED.format(table=table) + f"SOURCE = {source!r}\nNAMES = {{{name!r}: 'table'}}\n"
+    got, text = said(text, tmp_path, capsys, "--gradients")
+    assert got == code and "only in" not in text.partition("Compared")[0], text
+    assert code == 0 or f"the gradients part first here: gradients, float64, kinds: gradient of {name}" in text, text
