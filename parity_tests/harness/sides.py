@@ -111,7 +111,12 @@ def as_numpy(value: Any) -> Any:
     """A tensor or an array as NumPy's; what is none (a flag, a number, None) as it is."""
     if type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach"):
         return to_numpy(value)
-    return np.asarray(value) if hasattr(value, "shape") else value
+    return _widened(np.asarray(value)) if hasattr(value, "shape") else value
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """NumPy does not know JAX's bfloat16 as a float: its values come as float32."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 class _Place(int):
@@ -244,7 +249,7 @@ def _lifted_torch(recorder: _Recorder) -> Any:
 
 class JaxSide:
     """An nnx module in evaluation mode, or a function of parameters and inputs. `values` are its float tensors (of an
-    nnx module: parameters and batch statistics) in float64, by their paths with dots."""
+    nnx module: of all its variables but caches and random numbers) in float64, by their paths with dots."""
 
     def __init__(self, model: Any, params: Any, inputs: Any) -> None:
         import jax
@@ -253,14 +258,15 @@ class JaxSide:
         self.inputs, self.is_module = inputs, isinstance(model, nnx.Module)
         if self.is_module:
             model.eval()
-            self._graphdef, self._state, self._rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+            other = nnx.Any(nnx.Cache, nnx.Intermediate, nnx.RngState, nnx.Not(nnx.Variable))
+            self._graphdef, self._rest, self._state = nnx.split(model, other, ...)
             params = nnx.to_pure_dict(self._state)
         else:
             self._function = model
             self._takes_record = "record" in inspect.signature(model).parameters
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         name_of = jax.tree_util.keystr
-        self._leaves = {name_of(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+        self._leaves = {name_of(path, simple=True, separator="."): _widened(np.asarray(leaf)) for path, leaf in leaves}
         floats = {name: leaf for name, leaf in self._leaves.items() if np.issubdtype(leaf.dtype, np.floating)}
         self.values = {name: leaf.astype(np.float64) for name, leaf in floats.items()}
 
@@ -270,7 +276,9 @@ class JaxSide:
 
         record: Record
         with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices("cpu")[0]), jax.disable_jit():
-            with jax.default_matmul_precision("highest"), mock.patch("jax.checkpoint", lambda function, **_: function):
+            with jax.default_matmul_precision("highest"), contextlib.ExitStack() as stack:
+                for name in ("checkpoint", "remat"):
+                    stack.enter_context(mock.patch(f"jax.{name}", lambda function, **_: function))
                 record = self._run(dtype, lift, gradients)
         return record
 
@@ -329,7 +337,7 @@ class JaxSide:
 
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, tree)
-        module = nnx.merge(self._graphdef, state, self._rest)
+        module = nnx.merge(self._graphdef, self._rest, state)
         with _watched(module, recorder):
             return module(*args, **kwargs)
 

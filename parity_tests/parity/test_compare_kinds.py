@@ -168,3 +168,46 @@ def test_tied_weights_are_one_under_either_name(source, name, table, code, tmp_p
     got, text = said(text, tmp_path, capsys, "--gradients")
     assert got == code and "only in" not in text.partition("Compared")[0], text
     assert code == 0 or f"the gradients part first here: gradients, float64, kinds: gradient of {name}" in text, text
+
+
+ROUTER = """
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.drop = nn.Linear(8, 6, dtype=torch.bfloat16), nn.Dropout()
+        self.register_buffer("e_score_correction_bias", torch.zeros(6))
+    def forward(self, x):
+        scores = self.drop(self.gate(x)).sigmoid() + torch.from_numpy(TABLE).to(x)
+        return scores.gather(-1, (scores + self.e_score_correction_bias).topk(2)[1])
+def torch_side():
+    return Router(), (torch.from_numpy(X).bfloat16(),)
+TABLE = X[0, :, :6] / 3
+class Bias(nnx.Variable):
+    pass
+class Port(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.gate = nnx.Linear(8, 6, param_dtype=jnp.bfloat16, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.e_score_correction_bias, self.table = Bias(jnp.zeros(6)), TABLE
+    def __call__(self, x):
+        scores = jax.nn.sigmoid(self.drop(self.gate(x))) + self.table
+        order = jax.lax.top_k(scores{bias}, 2)[1]
+        return jnp.take_along_axis(scores, order, -1)
+def jax_side():
+    return Port(), (jnp.asarray(X, jnp.bfloat16),)
+"""
+
+
+@pytest.mark.parametrize(("bias", "code"), [(" + self.e_score_correction_bias[...]", 0), ("", 1)])
+def test_weights_in_bfloat16_and_variables_of_any_kind_are_loaded(bias, code, tmp_path, capsys):
+    got, text = said(ROUTER.replace("{bias}", bias), tmp_path, capsys)
+    assert got == code and "e_score_correction_bias -> e_score_correction_bias, as it is\n" in text, text
+
+
+@pytest.mark.parametrize("remat", ["jax.checkpoint", "jax.remat"])
+def test_values_are_recorded_under_either_name_of_rematerialisation(remat, tmp_path, capsys):
+    body = f'{remat}(lambda p, x: record("fc", linear(p, x)))(params["fc"], x)'
+    text = RETURNED.format(torch="h", jax="h").replace("model(params, x)", "model(params, x, record)")
+    code, text = said(text.replace('linear(params["fc"], x)', body), tmp_path, capsys)
+    assert code == 0 and "Compared: 2 values, from fc to output" in text, text
