@@ -71,6 +71,8 @@ def prepare(pair: Pair, source: str, keep: bool) -> Iterator[str]:
 
 def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report, say: Any) -> dict[str, Record]:
     """Every rung into the report. Returns the records of float64 with all casts lifted, by side."""
+    for link in pair.links if gradients else ():
+        link.require_moves(f"{pair.file}: --gradients")
     lifted = {"torch": lambda _: True, "jax": lambda _: True}
     wide = _run(pair, "float64", lifted)
     partners = pair.partners(wide["torch"], wide["jax"])

@@ -64,13 +64,26 @@ class Link:
     how: str = "as it is"
     doubt: str = ""
     """What speaks for another layout, where the shapes do not decide."""
+    offset: Any = 0.0
+    """What JAX's values have on top, as a norm's weight that is kept around zero; None where the user's function does
+    more, and is then `change` itself."""
+
+    def there(self, array: np.ndarray) -> np.ndarray:
+        """Torch's values as JAX has them."""
+        moved = self.change(array)
+        return moved if self.offset is None else moved + self.offset
 
     def back(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """From JAX's layout to torch's, of this shape."""
+        """JAX's values as torch has them, in this shape."""
         places = self.change(np.arange(math.prod(shape)).reshape(shape))
         result = np.empty(math.prod(shape), array.dtype)
-        result[places.ravel()] = array.ravel()
+        result[places.ravel()] = (array - self.offset).ravel()
         return result.reshape(shape)
+
+    def require_moves(self, asked: str) -> None:
+        """Raises `UserError` for a function of the user's that can neither be undone nor applied to gradients."""
+        if self.offset is None:
+            raise UserError(f"{asked}: the function of {self.torch} in NAMES may only move values, or add to them")
 
 
 def first_names(module: Any) -> dict[str, str]:
@@ -242,13 +255,19 @@ def _given(name: str, said: Any, slots: Mapping[str, Slot], leaves: Mapping[str,
         if link is None:
             raise UserError(f"NAMES: {name} of shape {slots[name].shape} does not become {leaf} of {leaves[leaf]}")
         return link
+    numbers = np.arange(math.prod(slots[name].shape))
     try:
-        got = np.asarray(change(np.arange(math.prod(slots[name].shape)).reshape(slots[name].shape)))
+        got = np.asarray(change(numbers.reshape(slots[name].shape)))
+        offset = np.asarray(change(np.zeros(slots[name].shape)), np.float64)
     except Exception as error:
         raise UserError(f"NAMES: the function of {name} fails: {error}") from error
     if got.shape != tuple(leaves[leaf]):
         raise UserError(f"NAMES: the function of {name} gives the shape {got.shape}, {leaf} has {leaves[leaf]}")
-    return Link(name, leaf, lambda a: np.asarray(change(a)), "by its function in NAMES")
+    how, places = "by its function in NAMES", got - offset
+    if not np.array_equal(np.sort(places, axis=None), numbers):
+        return Link(name, leaf, lambda a: np.asarray(change(a)), how, offset=None)
+    places = places.astype(np.int64)  # not by the function itself, which may round as jnp does
+    return Link(name, leaf, lambda a: a.ravel()[places], how, offset=offset)
 
 
 def require(name: str, known: Iterable[str], what: str) -> None:

@@ -39,10 +39,12 @@ class Pair:
                     mine[name] = value + 0.2 * np.random.default_rng(index).standard_normal(value.shape)
                     drawn.append(name)
         for link in self.links:
+            if source == "jax":
+                link.require_moves(f"{self.file}: SOURCE = 'jax'")
             slot = self.slots[link.torch]
             whole = self.torch.values[slot.tensor]
             if source == "torch":
-                self.jax.values[link.jax] = np.ascontiguousarray(link.change(slot.view(whole)))
+                self.jax.values[link.jax] = np.ascontiguousarray(link.there(slot.view(whole)))
             else:
                 slot.view(whole)[...] = link.back(self.jax.values[link.jax], slot.shape)
         other = (

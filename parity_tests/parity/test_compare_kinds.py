@@ -211,3 +211,41 @@ def test_values_are_recorded_under_either_name_of_rematerialisation(remat, tmp_p
     text = RETURNED.format(torch="h", jax="h").replace("model(params, x)", "model(params, x, record)")
     code, text = said(text.replace('linear(params["fc"], x)', body), tmp_path, capsys)
     assert code == 0 and "Compared: 2 values, from fc to output" in text, text
+
+
+NORM = """
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8, bias=False), nn.Linear(8, 8)
+    def forward(self, x):
+        return self.fc(self.norm(x))
+def torch_side():
+    return Normed(), (X,)
+def normed(params, x):
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return linear(params["fc"], x * {scale})
+def jax_side():
+    draw = np.random.default_rng(1).standard_normal
+    return normed, {{"scale": draw(8), "fc": {{"kernel": draw((8, 8)), "bias": draw(8)}}}}
+NAMES = {{"norm.weight": ("scale", lambda w: {weight}), "fc.weight": ("fc.kernel", lambda w: {kernel})}}
+"""
+
+
+@pytest.mark.parametrize("source", ["torch", "jax"])
+@pytest.mark.parametrize("kernel", ["w.T", "jnp.transpose(w)", 'w.T.astype("float32")'])
+def test_functions_in_names_move_values_or_add_to_them(source, kernel, tmp_path, capsys):
+    for scale, weight in (("(1 + params['scale'])", "w - 1"), ("params['scale']", "w")):
+        text = NORM.format(scale=scale, weight=weight, kernel=kernel) + f"SOURCE = {source!r}\n"
+        code, text = said(text, tmp_path, capsys, "--gradients")
+        assert code == 0, text
+
+
+def test_functions_in_names_that_do_more_are_refused_where_they_cannot_be_used(tmp_path, capsys):
+    text = NORM.format(scale="params['scale'] / 2", weight="2 * w", kernel="w.T")
+    assert said(text, tmp_path, capsys)[0] == 0
+    for source, asked in (("torch", "--gradients"), ("jax", "SOURCE = 'jax'")):
+        code, output = said(f"{text}SOURCE = {source!r}\n", tmp_path, capsys, "--gradients")
+        assert code == 2 and output.splitlines()[-1].endswith(
+            f"kinds.py: {asked}: the function of norm.weight in NAMES may only move values, or add to them"
+        ), output
