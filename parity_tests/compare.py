@@ -79,6 +79,8 @@ def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report,
     names = list(partners)
     if not any(name in partners for name in wide["torch"].outputs):
         raise UserError(f"{pair.file}: the models' outputs are not compared: JAX has no {pair.jax_name('output')!r}")
+    if not any(wide["torch"].values[name].size for name in wide["torch"].outputs if name in partners):
+        raise UserError(f"{pair.file}: nothing to compare: the models' outputs are empty; give inputs that are not")
     say(_compared(wide, partners))
     formulas = _values("modules", pair, "float64", wide)
     report.add(formulas, say)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.links import Link, Slot, module_names, propose, require, torch_slots
-from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy
+from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy, map_inputs
 from torch_ref.spec.interface import UserError
 
 
@@ -194,10 +194,4 @@ def _jax_side(file: Path, given: Any, inputs: Any) -> JaxSide:
 def _inputs(file: Path, name: str, inputs: Any) -> Any:
     if not isinstance(inputs, tuple | list | Mapping):
         raise UserError(f"{file}: the inputs of {name}() must be a tuple or a dict, not {type(inputs).__name__}")
-
-    def numpy(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: numpy(part) for key, part in value.items()}
-        return type(value)(map(numpy, value)) if type(value) in (tuple, list) else as_numpy(value)
-
-    return numpy(inputs)
+    return map_inputs(inputs, object, as_numpy)

@@ -128,7 +128,8 @@ def map_inputs(inputs: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(inputs, Mapping):
         return {key: map_inputs(value, kind, function) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(map_inputs(value, kind, function) for value in inputs)
+        parts = [map_inputs(value, kind, function) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
     return function(inputs) if isinstance(inputs, kind) else inputs
 
 

@@ -249,3 +249,23 @@ def test_functions_in_names_that_do_more_are_refused_where_they_cannot_be_used(t
         assert code == 2 and output.splitlines()[-1].endswith(
             f"kinds.py: {asked}: the function of norm.weight in NAMES may only move values, or add to them"
         ), output
+
+
+def test_inputs_may_be_named_tuples_but_not_empty(tmp_path, capsys):
+    text = """
+import collections
+Angles = collections.namedtuple("Angles", "cos sin")
+class Turned(nn.Module):
+    def forward(self, x, angles, mask, flag):
+        return x * angles.cos + flag * angles.sin
+def torch_side():
+    return Turned(), {"x": X, "angles": Angles(X[0], torch.from_numpy(X[1])), "mask": None, "flag": True}
+def jax_side():
+    return lambda params, x, angles, mask, flag: x * angles.cos + flag * angles.sin, {}
+"""
+    code, output = said(text, tmp_path, capsys, "--gradients")
+    assert code == 0, output
+    code, output = said(text.replace('"x": X,', '"x": X[:0],'), tmp_path, capsys)
+    assert code == 2 and output.endswith(
+        "kinds.py: nothing to compare: the models' outputs are empty; give inputs that are not\n"
+    ), output
