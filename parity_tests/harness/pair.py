@@ -69,15 +69,20 @@ class Pair:
 
     def partners(self, torch: Record, jax: Record) -> dict[str, str]:
         """Names of torch's values to JAX's, of those that both have. Several results of a module are told apart by
-        their keys, where both sides have some of the same; else by their order."""
+        their keys, where both sides have some of the same; else by their order. What the models themselves return is
+        told from what a module returns that is called `output`."""
+        of_models = {}
+        if self.jax_name("output") == "output":  # MODULES says nothing else of it
+            of_models = dict(zip(torch.outputs, jax.outputs, strict=False))
         by_key = {key: name for name, key in jax.keys.items()}
-        keys = {name: (self.jax_name(first), key) for name, (first, key) in torch.keys.items()}
+        keys = {name: (of_models.get(first, self.jax_name(first)), key) for name, (first, key) in torch.keys.items()}
         keyed = {first for first, key in keys.values() if (first, key) in by_key}
         partners = {}
         for name in torch.values:
             first, key = keys.get(name, ("", ""))
-            other = by_key.get((first, key)) if first in keyed else self.jax_name(name)
-            if other in jax.values:
+            by_order = of_models.get(name, self.jax_name(name))
+            other = by_key.get((first, key)) if first in keyed else by_order
+            if other in jax.values and (not of_models or (name in torch.outputs) == (other in jax.outputs)):
                 partners[name] = other
         return partners
 

@@ -269,3 +269,10 @@ def jax_side():
     assert code == 2 and output.endswith(
         "kinds.py: nothing to compare: the models' outputs are empty; give inputs that are not\n"
     ), output
+
+
+@pytest.mark.parametrize(("jax", "code"), [("x + h", 0), ("h", 1)])
+def test_a_module_called_output_is_not_the_models(jax, code, tmp_path, capsys):
+    text = RETURNED.format(torch="x + h", jax=jax).replace("self.fc", "self.output").replace('"fc"', '"output"')
+    got, text = said(text, tmp_path, capsys, "--gradients")
+    assert got == code and "Compared: 1 values" in text, text
