@@ -310,9 +310,11 @@ def measure_training(checked: Checked, steps: int, report: Report, say: Callable
     options = settle(options, "float64", None)
     with tempfile.TemporaryDirectory() as folder:
         copy_run_files(run, Path(folder))
-        with closing(open_data(options.data, Path(folder), resume=True).batches(state.meta["progress"]["cursor"])) as b:
-            batches = [(batch.inputs, batch.targets) for batch in itertools.islice(b, steps)]
-    divergence, measurements = training.trajectory(state, options.optimizer, batches, checked.name)
+        data = open_data(options.data, Path(folder), resume=True)
+        with closing(data.batches(state.meta["progress"]["cursor"])) as following:
+            batches = [(batch.inputs, batch.targets) for batch in itertools.islice(following, steps)]
+    separator = data.tokenizer.eot_id if options.document_mask else None
+    divergence, measurements = training.trajectory(state, options.optimizer, batches, checked.name, separator)
     report.divergences["float64"] = divergence
     report.add(measurements, say)
 

@@ -26,7 +26,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def prepare(pair: Pair, source: str, keep: bool) -> Iterator[str]:
     yield f"Tensors of torch and JAX; both get the weights of {'torch' if source == 'torch' else 'JAX'}:"
     for link in pair.links:
         yield f"  {link.torch} -> {link.jax}, {link.how}" + (f" ({link.doubt})" if link.doubt else "")
-    linked = {link.torch for link in pair.links}
+    linked = {(pair.slots[link.torch].tensor, pair.slots[link.torch].part) for link in pair.links}
     for side, names in (
-        ("torch", [name for name in pair.slots if name not in linked]),
+        ("torch", [name for name, slot in pair.slots.items() if (slot.tensor, slot.part) not in linked]),
         ("JAX", sorted(pair.jax.values.keys() - {link.jax for link in pair.links})),
     ):
         for name in names:
@@ -71,14 +71,20 @@ def prepare(pair: Pair, source: str, keep: bool) -> Iterator[str]:
 
 def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report, say: Any) -> dict[str, Record]:
     """Every rung into the report. Returns the records of float64 with all casts lifted, by side."""
-    wide = _run(pair, "float64", gradients, {"torch": lambda _: True, "jax": lambda _: True})
-    names = [name for name in wide["torch"].values if name in pair.common(wide["torch"], wide["jax"])]
-    if "output" not in names:
+    for link in pair.links if gradients else ():
+        link.require_moves(f"{pair.file}: --gradients")
+    lifted = {"torch": lambda _: True, "jax": lambda _: True}
+    wide = _run(pair, "float64", lifted)
+    partners = pair.partners(wide["torch"], wide["jax"])
+    names = list(partners)
+    if not any(name in partners for name in wide["torch"].outputs):
         raise UserError(f"{pair.file}: the models' outputs are not compared: JAX has no {pair.jax_name('output')!r}")
-    say(_compared(pair, wide, names))
+    if not any(wide["torch"].values[name].size for name in wide["torch"].outputs if name in partners):
+        raise UserError(f"{pair.file}: nothing to compare: the models' outputs are empty; give inputs that are not")
+    say(_compared(wide, partners))
     formulas = _values("modules", pair, "float64", wide)
     report.add(formulas, say)
-    places = {side: _cast_places(record, pair, names, side) for side, record in wide.items()}
+    places = {side: _cast_places(record, partners, side) for side, record in wide.items()}
     for name in allowed:
         require(name, names, f"{pair.file}: FLOAT32: what is compared")
     one_sided = (set(places["torch"]) ^ set(places["jax"])) - set(allowed)
@@ -87,21 +93,29 @@ def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report,
             side: (lambda index, its=its: index >= len(its) or its[index] not in one_sided)
             for side, its in places.items()
         }
-        found = _values("float32 inside", pair, "float64", _run(pair, "float64", False, lifts))
+        found = _values("float32 inside", pair, "float64", _run(pair, "float64", lifts))
         report.add(found, say)
-    single = _run(pair, "float32", gradients, {"torch": None, "jax": None})
-    report.add(_values("modules", pair, "float32", single), say)
+    exact = {"torch": None, "jax": None}
+    report.add(_values("modules", pair, "float32", _run(pair, "float32", exact)), say)
     if gradients:
-        for dtype, records in (("float64", wide), ("float32", single)):
-            report.add(_gradients(pair, dtype, records), say)
+        of = {name: partners[name] for name in wide["torch"].outputs if name in partners}
+        of = {name: other for name, other in of.items() if wide["torch"].values[name].dtype.kind in "fc"}
+        if not of:
+            raise UserError(f"{pair.file}: --gradients: the models return no floats")
+        outputs = {"torch": list(of), "jax": list(of.values())}
+        for dtype, lifts in (("float64", lifted), ("float32", exact)):
+            report.add(_gradients(pair, dtype, _run(pair, dtype, lifts, outputs)), say)
     return wide
 
 
-def _run(pair: Pair, dtype: str, gradients: bool, lifts: dict[str, Any]) -> dict[str, Record]:
-    records = {}
+def _run(
+    pair: Pair, dtype: str, lifts: dict[str, Any], gradients: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Record]:
+    """Both sides; with the gradients of these outputs."""
+    records, gradients = {}, gradients or {}
     for side, model in (("torch", pair.torch), ("jax", pair.jax)):
         try:
-            records[side] = model.run(dtype, lifts[side], gradients)
+            records[side] = model.run(dtype, lifts[side], gradients.get(side, ()))
         except Exception as error:
             raise UserError(f"{pair.file}: {side}_side()'s model fails in {dtype}: {user_error(error)}") from error
     return records
@@ -113,25 +127,25 @@ def _values(rung: str, pair: Pair, dtype: str, records: dict[str, Record]) -> li
     return ladder.compare_trace(rung, pair.name, dtype, got, expected, lambda _, dtype: ladder.FORWARD[dtype])
 
 
-def _compared(pair: Pair, records: dict[str, Record], names: list[str]) -> str:
+def _compared(records: dict[str, Record], partners: Mapping[str, str]) -> str:
     """Which modules both have, and which one side alone."""
-    torch = [name for name in records["torch"].values if not name.startswith("input of ") and name not in names]
-    there = {pair.jax_name(name) for name in names}
+    names, there = list(partners), set(partners.values())
+    torch = [name for name in records["torch"].values if not name.startswith("input of ") and name not in partners]
     jax = [name for name in records["jax"].values if not name.startswith("input of ") and name not in there]
     lines = [f"Compared: {len(names)} values, from {names[0]} to {names[-1]}"]
     lines += [f"; only in {side}: {', '.join(its)}" for side, its in (("torch", torch), ("JAX", jax)) if its]
     return "".join(lines)
 
 
-def _cast_places(record: Record, pair: Pair, names: list[str], side: str) -> list[str]:
+def _cast_places(record: Record, partners: Mapping[str, str], side: str) -> list[str]:
     """Of each cast to float32, the next value after it that both sides have, under torch's name."""
-    here = {pair.jax_name(name) if side == "jax" else name: name for name in names}
-    order = list(record.values)
-    return [next((here[name] for name in order[before:] if name in here), names[-1]) for before in record.casts]
+    here = {other if side == "jax" else name: name for name, other in partners.items()}
+    order, last = list(record.values), list(partners)[-1]
+    return [next((here[name] for name in order[before:] if name in here), last) for before in record.casts]
 
 
 def _gradients(pair: Pair, dtype: str, records: dict[str, Record]) -> list[Measurement]:
-    """Of the linked tensors, from the last to the first, and of the first input."""
+    """By the linked tensors, from the last to the first, and by the first input."""
     torch, jax = records["torch"].gradients, records["jax"].gradients
     pairs = {
         f"gradient of {link.torch}": (
@@ -167,8 +181,9 @@ def explain(pair: Pair, place: Measurement, wide: dict[str, Record]) -> Iterator
     scene = Scene(pair, place.where, expected, got)
     yield f"They part first in {scene.place}: {place}"
     if place.rung == "float32 inside":
-        names = [name for name in expected if name in got]
-        torch, jax = (set(_cast_places(record, pair, names, side)) for side, record in wide.items())
+        partners = pair.partners(wide["torch"], wide["jax"])
+        names = list(partners)
+        torch, jax = (set(_cast_places(record, partners, side)) for side, record in wide.items())
         known = names[: names.index(place.where) + 1]
         cast = next(name for name in reversed(known) if name in torch ^ jax)
         side, other = ("torch", "JAX") if cast in torch else ("JAX", "torch")
@@ -211,7 +226,9 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="the two models")
-    parser.add_argument("--gradients", action="store_true", help="also of every tensor and of the first input")
+    parser.add_argument(
+        "--gradients", action="store_true", help="also by every tensor and the first input, of all outputs"
+    )
     parser.add_argument("--keep-weights", action="store_true", help="add no noise to tensors of equal values")
     options = parser.parse_args(argv)
     os.environ.setdefault("XLA_FLAGS", quick_flags())  # operations are compiled one at a time and run once

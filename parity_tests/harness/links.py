@@ -40,7 +40,7 @@ class Slot:
     """A tensor of the torch model, or a third of one that holds queries, keys and values."""
 
     tensor: str
-    """Its name in the state dict."""
+    """Its name in the state dict; of one that is tied to others, the first."""
     shape: tuple[int, ...]
     kind: str
     """How torch lays it out: `linear` [out, in], `conv` [out, in, ...], or anything else."""
@@ -64,13 +64,33 @@ class Link:
     how: str = "as it is"
     doubt: str = ""
     """What speaks for another layout, where the shapes do not decide."""
+    offset: Any = 0.0
+    """What JAX's values have on top, as a norm's weight that is kept around zero; None where the user's function does
+    more, and is then `change` itself."""
+
+    def there(self, array: np.ndarray) -> np.ndarray:
+        """Torch's values as JAX has them."""
+        moved = self.change(array)
+        return moved if self.offset is None else moved + self.offset
 
     def back(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """From JAX's layout to torch's, of this shape."""
+        """JAX's values as torch has them, in this shape."""
         places = self.change(np.arange(math.prod(shape)).reshape(shape))
         result = np.empty(math.prod(shape), array.dtype)
-        result[places.ravel()] = array.ravel()
+        result[places.ravel()] = (array - self.offset).ravel()
         return result.reshape(shape)
+
+    def require_moves(self, asked: str) -> None:
+        """Raises `UserError` for a function of the user's that can neither be undone nor applied to gradients."""
+        if self.offset is None:
+            raise UserError(f"{asked}: the function of {self.torch} in NAMES may only move values, or add to them")
+
+
+def first_names(module: Any) -> dict[str, str]:
+    """Of each parameter's name, the first one that the same parameter has: tied ones have several."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    firsts = {id(parameter): name for name, parameter in reversed(named)}
+    return {name: firsts[id(parameter)] for name, parameter in named}
 
 
 def torch_slots(module: Any, split: Mapping[str, int]) -> dict[str, Slot]:
@@ -80,14 +100,14 @@ def torch_slots(module: Any, split: Mapping[str, int]) -> dict[str, Slot]:
     from torch import nn
 
     kinds = {nn.Linear: "linear", nn.modules.conv._ConvNd: "conv"}
-    modules = dict(module.named_modules())
+    modules, firsts = dict(module.named_modules()), first_names(module)
     slots = {}
     for name, tensor in module.state_dict().items():
         if not tensor.is_floating_point():
             continue
         owner, _, leaf = name.rpartition(".")
         kind = next((kind for cls, kind in kinds.items() if isinstance(modules[owner], cls)), "")
-        slot = Slot(name, tuple(tensor.shape), kind if leaf == "weight" else "")
+        slot = Slot(firsts.get(name, name), tuple(tensor.shape), kind if leaf == "weight" else "")
         if name in split:
             parts = {f"{name}[{index}]": (split[name], index) for index in range(split[name])}
         elif isinstance(modules[owner], torch.nn.MultiheadAttention) and leaf.startswith("in_proj_"):
@@ -235,13 +255,19 @@ def _given(name: str, said: Any, slots: Mapping[str, Slot], leaves: Mapping[str,
         if link is None:
             raise UserError(f"NAMES: {name} of shape {slots[name].shape} does not become {leaf} of {leaves[leaf]}")
         return link
+    numbers = np.arange(math.prod(slots[name].shape))
     try:
-        got = np.asarray(change(np.arange(math.prod(slots[name].shape)).reshape(slots[name].shape)))
+        got = np.asarray(change(numbers.reshape(slots[name].shape)))
+        offset = np.asarray(change(np.zeros(slots[name].shape)), np.float64)
     except Exception as error:
         raise UserError(f"NAMES: the function of {name} fails: {error}") from error
     if got.shape != tuple(leaves[leaf]):
         raise UserError(f"NAMES: the function of {name} gives the shape {got.shape}, {leaf} has {leaves[leaf]}")
-    return Link(name, leaf, lambda a: np.asarray(change(a)), "by its function in NAMES")
+    how, places = "by its function in NAMES", got - offset
+    if not np.array_equal(np.sort(places, axis=None), numbers):
+        return Link(name, leaf, lambda a: np.asarray(change(a)), how, offset=None)
+    places = places.astype(np.int64)  # not by the function itself, which may round as jnp does
+    return Link(name, leaf, lambda a: a.ravel()[places], how, offset=offset)
 
 
 def require(name: str, known: Iterable[str], what: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.links import Link, Slot, module_names, propose, require, torch_slots
-from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy
+from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy, map_inputs
 from torch_ref.spec.interface import UserError
 
 
@@ -39,10 +39,12 @@ class Pair:
                     mine[name] = value + 0.2 * np.random.default_rng(index).standard_normal(value.shape)
                     drawn.append(name)
         for link in self.links:
+            if source == "jax":
+                link.require_moves(f"{self.file}: SOURCE = 'jax'")
             slot = self.slots[link.torch]
             whole = self.torch.values[slot.tensor]
             if source == "torch":
-                self.jax.values[link.jax] = np.ascontiguousarray(link.change(slot.view(whole)))
+                self.jax.values[link.jax] = np.ascontiguousarray(link.there(slot.view(whole)))
             else:
                 slot.view(whole)[...] = link.back(self.jax.values[link.jax], slot.shape)
         other = (
@@ -61,9 +63,28 @@ class Pair:
     def common(self, torch: Record, jax: Record) -> dict[str, np.ndarray]:
         """Of JAX's record, what torch's has too, under torch's names and, where that is a matter of layout (heads as
         an axis of their own, channels last), in torch's shapes."""
-        renamed = {self.jax_name(name): name for name in torch.values}
+        renamed = {other: name for name, other in self.partners(torch, jax).items()}
         values = {renamed[name]: value for name, value in jax.values.items() if name in renamed}
         return {name: _laid_out(value, torch.values[name].shape) for name, value in values.items()}
+
+    def partners(self, torch: Record, jax: Record) -> dict[str, str]:
+        """Names of torch's values to JAX's, of those that both have. Several results of a module are told apart by
+        their keys, where both sides have some of the same; else by their order. What the models themselves return is
+        told from what a module returns that is called `output`."""
+        of_models = {}
+        if self.jax_name("output") == "output":  # MODULES says nothing else of it
+            of_models = dict(zip(torch.outputs, jax.outputs, strict=False))
+        by_key = {key: name for name, key in jax.keys.items()}
+        keys = {name: (of_models.get(first, self.jax_name(first)), key) for name, (first, key) in torch.keys.items()}
+        keyed = {first for first, key in keys.values() if (first, key) in by_key}
+        partners = {}
+        for name in torch.values:
+            first, key = keys.get(name, ("", ""))
+            by_order = of_models.get(name, self.jax_name(name))
+            other = by_key.get((first, key)) if first in keyed else by_order
+            if other in jax.values and (not of_models or (name in torch.outputs) == (other in jax.outputs)):
+                partners[name] = other
+        return partners
 
     def jax_name(self, name: str) -> str:
         """What torch's value of this name is called on JAX's side."""
@@ -178,10 +199,4 @@ def _jax_side(file: Path, given: Any, inputs: Any) -> JaxSide:
 def _inputs(file: Path, name: str, inputs: Any) -> Any:
     if not isinstance(inputs, tuple | list | Mapping):
         raise UserError(f"{file}: the inputs of {name}() must be a tuple or a dict, not {type(inputs).__name__}")
-
-    def numpy(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: numpy(part) for key, part in value.items()}
-        return type(value)(map(numpy, value)) if type(value) in (tuple, list) else as_numpy(value)
-
-    return numpy(inputs)
+    return map_inputs(inputs, object, as_numpy)

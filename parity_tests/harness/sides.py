@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from parity_tests.harness.links import first_names
 from parity_tests.harness.measure import to_numpy
 
 Lift = Callable[[int], bool] | None
@@ -31,8 +32,12 @@ class Record:
     was known. Of several results the first is under the module's own name, others are under `PATH.1`, ..."""
     casts: list[int] = dataclasses.field(default_factory=list)
     """Of every cast from float64 to float32, the number of values recorded before it."""
+    keys: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """Of values that came in a dict or dataclass: the name of the first one in there, and their keys."""
+    outputs: list[str] = dataclasses.field(default_factory=list)
+    """The names of what the model itself returned."""
     gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """Of the sum of the output times given numbers, by the name of the tensor; `input N` are those of the inputs."""
+    """Of the sum of outputs times given numbers, by the name of the tensor; `input N` are those of the inputs."""
 
 
 class _Recorder:
@@ -41,6 +46,7 @@ class _Recorder:
 
     def __init__(self, lift: Lift, copy: Callable[[Any], Any] = lambda value: value) -> None:
         self.lift, self.copy, self.values, self.casts = lift, copy, {}, []
+        self.keys, self.last = {}, []
 
     def cast(self) -> bool:
         """Notes a cast; whether it is lifted."""
@@ -48,9 +54,10 @@ class _Recorder:
         return self.lift is not None and self.lift(len(self.casts) - 1)
 
     def keep(self, name: str, value: Any, is_array: Callable[[Any], bool]) -> None:
-        leaves = [leaf for leaf in leaves_of(value) if is_array(leaf)]
-        for index, leaf in enumerate(leaves):
-            self._put(f"{name}.{index}" if index else name, leaf)
+        leaves = [(key, leaf) for key, leaf in keyed_leaves(value) if is_array(leaf)]
+        self.last = [self._put(f"{name}.{index}" if index else name, leaf) for index, (_, leaf) in enumerate(leaves)]
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            self.keys |= {own: (self.last[0], key) for own, (key, _) in zip(self.last, leaves, strict=True)}
 
     def take(self, path: str, args: tuple, kwargs: Mapping, is_array: Callable[[Any], bool]) -> None:
         """A module's first input."""
@@ -58,29 +65,41 @@ class _Recorder:
         if path and first is not None:
             self._put(f"input of {path}", first)
 
-    def _put(self, name: str, leaf: Any) -> None:
+    def record(self, values: Mapping[str, Any]) -> Record:
+        """Of the model, which returned last; `values` are those that were kept, as NumPy's."""
+        return Record(dict(values), self.casts, self.keys, self.last)
+
+    def _put(self, name: str, leaf: Any) -> str:
         calls, unique = 1, name
         while unique in self.values:
             calls += 1
             unique = f"{name}, call {calls}"
         self.values[unique] = self.copy(leaf)
+        return unique
+
+
+def keyed_leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    """What is in a nest of tuples, lists, dicts and dataclasses, without Nones, and the keys that lead there."""
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(part.name, getattr(value, part.name)) for part in dataclasses.fields(value)]
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    else:
+        return [] if value is None else [(key, value)]
+    return [leaf for name, part in parts for leaf in keyed_leaves(part, f"{key}.{name}")]
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """What is in a nest of tuples, lists, dicts and dataclasses, without Nones."""
-    if isinstance(value, Mapping):
-        return [leaf for part in value.values() for leaf in leaves_of(part)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return leaves_of([getattr(value, part.name) for part in dataclasses.fields(value)])
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in leaves_of(part)]
-    return [] if value is None else [value]
+    """`keyed_leaves` without their keys."""
+    return [leaf for _, leaf in keyed_leaves(value)]
 
 
-def _first(output: Any, is_array: Callable[[Any], bool]) -> Any:
-    """What a model returns first. Without any its output could not be compared."""
-    found = next((leaf for leaf in leaves_of(output) if is_array(leaf)), None)
-    if found is None:
+def _arrays(output: Any, is_array: Callable[[Any], bool]) -> list[Any]:
+    """What a model returns. Without any its output could not be compared."""
+    found = [leaf for leaf in leaves_of(output) if is_array(leaf)]
+    if not found:
         kind = type(output).__name__
         raise TypeError(
             f"no array in the {kind} it returns; return arrays, or tuples, lists, dicts, dataclasses of them"
@@ -92,7 +111,12 @@ def as_numpy(value: Any) -> Any:
     """A tensor or an array as NumPy's; what is none (a flag, a number, None) as it is."""
     if type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach"):
         return to_numpy(value)
-    return np.asarray(value) if hasattr(value, "shape") else value
+    return _widened(np.asarray(value)) if hasattr(value, "shape") else value
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """NumPy does not know JAX's bfloat16 as a float: its values come as float32."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 class _Place(int):
@@ -104,7 +128,8 @@ def map_inputs(inputs: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(inputs, Mapping):
         return {key: map_inputs(value, kind, function) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(map_inputs(value, kind, function) for value in inputs)
+        parts = [map_inputs(value, kind, function) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
     return function(inputs) if isinstance(inputs, kind) else inputs
 
 
@@ -116,36 +141,38 @@ def _arguments(inputs: Any) -> tuple[tuple, dict]:
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
-def _upstream(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+def _upstream(number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """What an output, counted from 0, is multiplied by."""
+    return np.random.default_rng(number).standard_normal(shape).astype(dtype)
 
 
 class TorchSide:
-    """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict."""
+    """A module in evaluation mode. `values` are its float tensors in float64, by the names of its state dict; tied
+    ones by their first."""
 
     def __init__(self, module: Any, inputs: Any) -> None:
         self.module, self.inputs = module.eval().cpu(), inputs
+        self._buffers = {name: buffer.clone() for name, buffer in module.named_buffers(remove_duplicate=False)}
+        firsts = first_names(module)
         self.values = {
             name: to_numpy(tensor).astype(np.float64)
             for name, tensor in module.state_dict().items()
-            if tensor.is_floating_point()
+            if tensor.is_floating_point() and firsts.get(name, name) == name
         }
 
-    def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
+    def run(self, dtype: str, lift: Lift = None, gradients: Sequence[str] = ()) -> Record:
+        """`gradients` are the outputs of which these are taken, as they are called in the record."""
         import torch
 
-        module = self.module.to(getattr(torch, dtype))
+        module = self._prepared(dtype)
         recorder = _Recorder(lift, copy=lambda tensor: tensor.detach().clone())  # `+=`, ReLU(inplace=True)
-        with torch.no_grad():
-            for name, tensor in module.state_dict().items():
-                if name in self.values:
-                    tensor.copy_(torch.from_numpy(self.values[name].astype(dtype)))
         leaves: list[Any] = []
 
         def tensor(array: np.ndarray) -> Any:
             made = torch.from_numpy(np.array(_in_dtype(array, dtype)))
             if gradients and made.is_floating_point():
                 leaves.append(made.requires_grad_())
+                return made.clone()  # a module may write into what it is given, but not into a leaf
             return made
 
         args, kwargs = _arguments(map_inputs(self.inputs, np.ndarray, tensor))
@@ -154,13 +181,17 @@ class TorchSide:
             for path, child in module.named_modules():
                 for hook in self._hooks(path, child, recorder):
                     stack.callback(hook.remove)
-            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(torch.set_grad_enabled(bool(gradients)))
             if lift is not None:
                 stack.enter_context(_lifted_torch(recorder))
-            out = _first(module(*args, **kwargs), lambda leaf: isinstance(leaf, torch.Tensor))
-            record = Record({name: to_numpy(value) for name, value in recorder.values.items()}, recorder.casts)
-            if gradients:
-                out.backward(torch.from_numpy(_upstream(tuple(out.shape), dtype)).to(out.dtype))
+            arrays = _arrays(module(*args, **kwargs), lambda leaf: isinstance(leaf, torch.Tensor))
+            record = recorder.record({name: to_numpy(value) for name, value in recorder.values.items()})
+            outs = [(i, arrays[record.outputs.index(name)]) for i, name in enumerate(gradients)]
+            outs = [(out, _upstream(i, tuple(out.shape), dtype)) for i, out in outs if out.requires_grad]
+            if outs:
+                torch.autograd.backward(
+                    *zip(*((out, torch.from_numpy(g).to(out.dtype)) for out, g in outs), strict=True)
+                )
         if gradients:
             trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
             for name, leaf in (trained | {f"input {index}": leaf for index, leaf in enumerate(leaves)}).items():
@@ -168,6 +199,24 @@ class TorchSide:
                 record.gradients[name] = to_numpy(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
             module.zero_grad()
         return record
+
+    def _prepared(self, dtype: str) -> Any:
+        """The module in this dtype with `values` in it, its buffers as they were before any run wrote into them or
+        rounded them. (`Module.to` takes the imaginary parts of complex ones, as of RoPE's `freqs_cis`.)"""
+        import torch
+
+        wide = dtype == "float64"
+        module = self.module.double() if wide else self.module.float()
+        real, paired = (torch.float64, torch.complex128) if wide else (torch.float32, torch.complex64)
+        for name, buffer in self._buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            kind = real if buffer.is_floating_point() else paired if buffer.is_complex() else buffer.dtype
+            setattr(module.get_submodule(owner), leaf, buffer.to(kind, copy=True))
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                if name in self.values:
+                    tensor.copy_(torch.from_numpy(self.values[name].astype(dtype)))
+        return module
 
     @staticmethod
     def _hooks(path: str, module: Any, recorder: _Recorder) -> list[Any]:
@@ -201,7 +250,7 @@ def _lifted_torch(recorder: _Recorder) -> Any:
 
 class JaxSide:
     """An nnx module in evaluation mode, or a function of parameters and inputs. `values` are its float tensors (of an
-    nnx module: parameters and batch statistics) in float64, by their paths with dots."""
+    nnx module: of all its variables but caches and random numbers) in float64, by their paths with dots."""
 
     def __init__(self, model: Any, params: Any, inputs: Any) -> None:
         import jax
@@ -210,28 +259,31 @@ class JaxSide:
         self.inputs, self.is_module = inputs, isinstance(model, nnx.Module)
         if self.is_module:
             model.eval()
-            self._graphdef, self._state, self._rest = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+            other = nnx.Any(nnx.Cache, nnx.Intermediate, nnx.RngState, nnx.Not(nnx.Variable))
+            self._graphdef, self._rest, self._state = nnx.split(model, other, ...)
             params = nnx.to_pure_dict(self._state)
         else:
             self._function = model
             self._takes_record = "record" in inspect.signature(model).parameters
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
         name_of = jax.tree_util.keystr
-        self._leaves = {name_of(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+        self._leaves = {name_of(path, simple=True, separator="."): _widened(np.asarray(leaf)) for path, leaf in leaves}
         floats = {name: leaf for name, leaf in self._leaves.items() if np.issubdtype(leaf.dtype, np.floating)}
         self.values = {name: leaf.astype(np.float64) for name, leaf in floats.items()}
 
-    def run(self, dtype: str, lift: Lift = None, gradients: bool = False) -> Record:
+    def run(self, dtype: str, lift: Lift = None, gradients: Sequence[str] = ()) -> Record:
         """One operation after the other, uncompiled: what is recorded under `jax.jit` or in a loop is then a number."""
         import jax
 
         record: Record
         with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices("cpu")[0]), jax.disable_jit():
-            with jax.default_matmul_precision("highest"), mock.patch("jax.checkpoint", lambda function, **_: function):
+            with jax.default_matmul_precision("highest"), contextlib.ExitStack() as stack:
+                for name in ("checkpoint", "remat"):
+                    stack.enter_context(mock.patch(f"jax.{name}", lambda function, **_: function))
                 record = self._run(dtype, lift, gradients)
         return record
 
-    def _run(self, dtype: str, lift: Lift, gradients: bool) -> Record:
+    def _run(self, dtype: str, lift: Lift, gradients: Sequence[str]) -> Record:
         import jax
 
         recorder = _Recorder(lift)
@@ -250,18 +302,19 @@ class JaxSide:
 
         def forward(params: dict[str, Any], floats: list[Any]) -> Any:
             args, kwargs = _arguments(map_inputs(inputs, _Place, lambda place: floats[place]))
-            output = self._call(params, args, kwargs, recorder)
-            return _first(output, lambda leaf: isinstance(leaf, jax.Array)), recorder.values
+            arrays = _arrays(self._call(params, args, kwargs, recorder), lambda leaf: isinstance(leaf, jax.Array))
+            return [arrays[recorder.last.index(name)] for name in gradients], recorder.values
 
         with _lifted_jax(recorder) if lift is not None else contextlib.nullcontext():
             if not gradients:
                 _, recorded = forward(params, floats)
             else:
                 trained = {name: value for name, value in params.items() if name in self.values}
-                out, backward, recorded = jax.vjp(lambda t, f: forward(params | t, f), trained, floats, has_aux=True)
-                by_name, of_inputs = backward(jax.numpy.asarray(_upstream(out.shape, dtype), out.dtype))
+                outs, backward, recorded = jax.vjp(lambda t, f: forward(params | t, f), trained, floats, has_aux=True)
+                upstream = [_upstream(i, out.shape, dtype).astype(out.dtype) for i, out in enumerate(outs)]
+                by_name, of_inputs = backward(upstream)
         # by the recorder's order: JAX sorts the names of what it returns
-        record = Record({name: np.asarray(recorded[name]) for name in recorder.values}, recorder.casts)
+        record = recorder.record({name: np.asarray(recorded[name]) for name in recorder.values})
         if gradients:
             record.gradients = {name: np.asarray(value) for name, value in by_name.items()}
             record.gradients |= {f"input {index}": np.asarray(value) for index, value in enumerate(of_inputs)}
@@ -285,7 +338,7 @@ class JaxSide:
 
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, tree)
-        module = nnx.merge(self._graphdef, state, self._rest)
+        module = nnx.merge(self._graphdef, self._rest, state)
         with _watched(module, recorder):
             return module(*args, **kwargs)
 

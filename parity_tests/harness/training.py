@@ -341,10 +341,15 @@ TRAJECTORY = 1e-9
 
 
 def trajectory(
-    state: TrainingState, optimizer: OptimizerConfig, batches: list[tuple[np.ndarray, np.ndarray]], name: str
+    state: TrainingState,
+    optimizer: OptimizerConfig,
+    batches: list[tuple[np.ndarray, np.ndarray]],
+    name: str,
+    separator: int | None = None,
 ) -> tuple[Divergence, list[Measurement]]:
     """Both frameworks go on in float64 from a training state, on these batches: losses and gradient norms of every
-    step, the gradients of the first (in its first moments), and moments and weights at the end."""
+    step, the gradients of the first (in its first moments), and moments and weights at the end. With a `separator`
+    attention keeps to documents."""
     wide = replace(
         state,
         **{
@@ -356,6 +361,8 @@ def trajectory(
     reports, first, last = [], [], []
     for framework in ("torch", "flax"):
         with backend(framework, state.model_config, ComputeConfig(dtype="float64"), optimizer) as made:
+            if separator is not None:
+                made.keep_within_documents(separator)
             made.load_state(wide)
             reports.append([made.step(*batches[0])])
             first.append(_tensors(made.state()))

@@ -246,6 +246,19 @@ def test_training_on_is_compared(run, tmp_path, capsys):
     assert code == 1 and "training run, float64" in verdict and "gradient norm, step 4" in verdict
 
 
+def test_training_on_keeps_attention_within_documents_as_the_run_did(tmp_path, capsys):
+    texts, run = tmp_path / "texts.jsonl", tmp_path / "run"
+    texts.write_text("".join(json.dumps({"text": f"the word {n}"}) + "\n" for n in range(200)))
+    flags = "--preset tiny --device cpu --hidden-size 32 --num-layers 1 --vocab-size 300 --seq-len 32 --batch-size 2"
+    flags += f" --steps 2 --extended-steps 0 --dataset {texts} --run-dir {run} --no-tensorboard --document-mask"
+    assert train(flags.split()) == 0
+    code, verdict = said(capsys, run, "--steps", 1)
+    assert code == 0, verdict
+    with mock.patch("torch_ref.model.document_numbers", lambda tokens, separator: 0 * tokens):
+        code, verdict = said(capsys, run, "--steps", 1)
+    assert code == 1 and "training run, float64" in verdict and "loss, step 3" in verdict, verdict
+
+
 def test_the_runs_own_dtype_is_measured_too(run, tmp_path, capsys):
     meta = {"options": {"dtype": "bfloat16"}}
     checked = check.open_model(run, None, None, [], 1, 32)
