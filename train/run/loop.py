@@ -454,7 +454,7 @@ class Run:
             # Only the one that writes is at work: it asks the others when it has done.
             tokens = self.backend.generate(prompt, sampling, seed)
             self.heed_signals()
-        self.log.sample(self.step, self.options.prompt, tokenizer.decode(tokens))
+        self.log.sample(self.step, self.options.prompt, tokenizer.decode_after(prompt, tokens))
 
     # ------------------------------------------------------------------------------------------------- endings
 
