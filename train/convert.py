@@ -60,7 +60,7 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
             "weights alone take a file of final weights or --to transformers"
         )
     if form == "transformers":
-        _write_transformers(target, state, found.run, dtype)
+        _write_transformers(target, state, found, dtype)
     elif form == "neutral":
         write_state(target, state, found.run, dtype)
     elif state.first_moment is None:
@@ -70,7 +70,8 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
     return found
 
 
-def _write_transformers(target: Path, state: TrainingState, run: Path | None, dtype: str | None) -> None:
+def _write_transformers(target: Path, state: TrainingState, source: Source, dtype: str | None) -> None:
+    run = source.run
     tokenizer = run if run is not None and (run / "tokenizer.json").is_file() else None
     end_of_text = 0 if tokenizer is None else load_tokenizer(str(tokenizer)).eot_id
     values = ((row, state.weights[row.name]) for row in parameter_table(state.model_config))
@@ -82,6 +83,7 @@ def _write_transformers(target: Path, state: TrainingState, run: Path | None, dt
         tokenizer=tokenizer,
         end_of_text=end_of_text,
         card=model_card(state, run),
+        add_special_tokens=source.kind == "transformers",
     )
 
 

@@ -439,14 +439,3 @@ def test_weights_without_their_models_sizes_are_refused_by_name(tmp_path, settin
         (tmp_path / "settings.toml").write_text(settings)
     with pytest.raises(UserError, match=said):
         open_state(Source("weights", tmp_path / "w.safetensors", None))
-
-
-def test_the_run_folder_in_a_neutral_folder_is_found(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/tokenizer.json").write_text(json.dumps(TOKENIZER))
-    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
-    write_state(tmp_path / "state", TrainingState(CONFIG, weights), tmp_path / "run")
-    assert locate(tmp_path / "state").run == tmp_path / "state" / RUN
-    convert(tmp_path / "state", tmp_path / "out", "transformers")
-    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert settings["eos_token"] == "<|endoftext|>"

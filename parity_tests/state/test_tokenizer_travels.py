@@ -1,0 +1,44 @@
+"""The tokenizer that goes with weights, from form to form: the same text and the same chats get the same ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parity_tests.harness.cases import CONFIG
+from parity_tests.support.data import byte_fallback_tokenizer
+from torch_ref.spec.interface import TrainingState
+from torch_ref.spec.parameters import initial_values
+from train.convert import convert
+from train.data.tokenizer import load_tokenizer
+from train.state.neutral import RUN, write_state
+from train.state.source import locate
+
+
+@pytest.fixture
+def state(tmp_path) -> Path:
+    """Weights in neutral form, with the tokenizer of a run."""
+    (tmp_path / "run").mkdir()
+    byte_fallback_tokenizer().save(str(tmp_path / "run/tokenizer.json"))
+    (tmp_path / "run/tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
+    write_state(tmp_path / "state", TrainingState(CONFIG, weights), tmp_path / "run")
+    return tmp_path / "state"
+
+
+def test_the_run_folder_in_a_neutral_folder_is_found(state, tmp_path):
+    assert locate(state).run == state / RUN
+    convert(state, tmp_path / "out", "transformers")
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_a_tokenizer_adds_special_tokens_where_the_model_was_trained_with_them(state, tmp_path):
+    """Those of an export are left out, as training adds none; those of a foreign model stay."""
+    convert(state, tmp_path / "out", "transformers")
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text())["post_processor"] is None
+    foreign = (state / RUN / "tokenizer.json").read_bytes()
+    (tmp_path / "out/tokenizer.json").write_bytes(foreign)
+    convert(tmp_path / "out", tmp_path / "again", "transformers", "bfloat16")
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == foreign
