@@ -16,6 +16,9 @@ from train.data.tokenizer import load_tokenizer
 from train.state.neutral import RUN, write_state
 from train.state.source import locate
 
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+CHAT = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a"}]
+
 
 @pytest.fixture
 def state(tmp_path) -> Path:
@@ -42,3 +45,15 @@ def test_a_tokenizer_adds_special_tokens_where_the_model_was_trained_with_them(s
     (tmp_path / "out/tokenizer.json").write_bytes(foreign)
     convert(tmp_path / "out", tmp_path / "again", "transformers", "bfloat16")
     assert (tmp_path / "again/tokenizer.json").read_bytes() == foreign
+
+
+@pytest.mark.parametrize("form", ["neutral", "torch", "flax", "transformers"])
+def test_a_chat_template_in_a_file_of_its_own_goes_along(state, tmp_path, form):
+    convert(state, tmp_path / "theirs", "transformers")
+    (tmp_path / "theirs/tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (tmp_path / "theirs/chat_template.jinja").write_text(TEMPLATE)
+    if form == "torch":
+        pytest.importorskip("torch")
+    convert(tmp_path / "theirs", tmp_path / "out", form)
+    tokenizer = load_tokenizer(str(locate(tmp_path / "out").run))
+    assert tokenizer.chat.write(CHAT) == "<s>the</s>a</s>"
