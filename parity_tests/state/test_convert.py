@@ -439,3 +439,19 @@ def test_weights_without_their_models_sizes_are_refused_by_name(tmp_path, settin
         (tmp_path / "settings.toml").write_text(settings)
     with pytest.raises(UserError, match=said):
         open_state(Source("weights", tmp_path / "w.safetensors", None))
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "parameters", "int32"])
+def test_weights_that_others_saved_with_torch_are_read_as_float32(tmp_path, stored):
+    torch = pytest.importorskip("torch")
+    change = torch.nn.Parameter if stored == "parameters" else lambda tensor: tensor.to(getattr(torch, stored))
+    tensors = {row.name: change(torch.from_numpy(value)) for row, value in initial_values(CONFIG, 1)}
+    torch.save(tensors, tmp_path / "weights.pt")
+    (tmp_path / SIDECAR).write_text(json.dumps({"model": CONFIG.to_dict()}))
+    if stored == "int32":
+        with pytest.raises(UserError, match="weights.pt: embed_tokens.weight is stored as int32, not as floats"):
+            convert(tmp_path / "weights.pt", tmp_path / "out", "neutral")
+        return
+    convert(tmp_path / "weights.pt", tmp_path / "out", "neutral")
+    for name, value in open_state(locate(tmp_path / "out")).weights.items():
+        np.testing.assert_array_equal(value, tensors[name].detach().float().numpy(), strict=True)
