@@ -219,7 +219,10 @@ def test_tokenizer_travels_with_its_end_of_text(tmp_path, made):
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id) == ("<|endoftext|>", 0, 0)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     text = "Fünf  words, 1234 and\n\tan indent."
-    ids = tokenizer(text)["input_ids"]
+    inputs = tokenizer(text)
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_input_names"]
+    assert list(inputs) == written == ["input_ids", "attention_mask"]  # all that `generate` takes, in version 4 too
+    ids = inputs["input_ids"]
     assert ids == tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(ids) == text
     assert not list((tmp_path / "out").glob("**/special_tokens_map.json"))

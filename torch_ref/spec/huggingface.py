@@ -219,6 +219,8 @@ def copy_tokenizer(
         eos_token=names[end_of_text],
         pad_token=names[end_of_text],
         model_max_length=max_position,
+        # Version 4 would add the token_type_ids of BERT, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
     )
     if not add_special_tokens:
         for key in ("add_bos_token", "add_eos_token"):
