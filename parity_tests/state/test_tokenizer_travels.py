@@ -57,3 +57,15 @@ def test_a_chat_template_in_a_file_of_its_own_goes_along(state, tmp_path, form):
     convert(tmp_path / "theirs", tmp_path / "out", form)
     tokenizer = load_tokenizer(str(locate(tmp_path / "out").run))
     assert tokenizer.chat.write(CHAT) == "<s>the</s>a</s>"
+
+
+@pytest.mark.parametrize(("stated", "end"), [(2, 2), ([5, 2], 5), (None, 0), ("</s>", 0), ([], 0)])
+def test_the_end_of_text_of_weights_without_a_tokenizer_stays(state, tmp_path, stated, end):
+    """As `save_pretrained` of a model leaves a folder."""
+    convert(state, tmp_path / "theirs", "transformers")
+    for path in (tmp_path / "theirs").glob("tokenizer*"):
+        path.unlink()
+    config = tmp_path / "theirs/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": stated}))
+    convert(tmp_path / "theirs", tmp_path / "out", "transformers", "bfloat16")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == end
