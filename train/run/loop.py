@@ -443,7 +443,7 @@ class Run:
         """Let the model continue the prompt, with random numbers that belong to this sample alone."""
         tokenizer = self.data.tokenizer
         positions = self.options.model.max_position
-        prompt = tokenizer.encode(self.options.prompt)[: positions - 1]
+        prompt = (tokenizer.encode(self.options.prompt) or [tokenizer.eot_id])[: positions - 1]
         room = positions - len(prompt)
         sampling = self.options.sampling(tokenizer.eot_id)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
