@@ -24,7 +24,7 @@ from torch_ref.spec.huggingface_config import read_config
 from torch_ref.spec.huggingface_engines import engines
 from torch_ref.spec.interface import Backend, OptimizerConfig, TrainingState, UserError
 from torch_ref.spec.parameters import parameter_table
-from torch_ref.spec.storage import fresh_folder, user_path, write_json
+from torch_ref.spec.storage import fresh_folder, read_json, user_path, write_json
 from train.data.tokenizer import load_tokenizer
 from train.run.loop import FINAL_WEIGHTS
 from train.shell import COMPLETE, shell
@@ -60,7 +60,7 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
             "weights alone take a file of final weights or --to transformers"
         )
     if form == "transformers":
-        _write_transformers(target, state, found.run, dtype)
+        _write_transformers(target, state, found, dtype)
     elif form == "neutral":
         write_state(target, state, found.run, dtype)
     elif state.first_moment is None:
@@ -70,9 +70,10 @@ def convert(source: Path, target: Path, form: str, dtype: str | None = None, ste
     return found
 
 
-def _write_transformers(target: Path, state: TrainingState, run: Path | None, dtype: str | None) -> None:
+def _write_transformers(target: Path, state: TrainingState, source: Source, dtype: str | None) -> None:
+    run = source.run
     tokenizer = run if run is not None and (run / "tokenizer.json").is_file() else None
-    end_of_text = 0 if tokenizer is None else load_tokenizer(str(tokenizer)).eot_id
+    end_of_text = _stated_end(source) if tokenizer is None else load_tokenizer(str(tokenizer)).eot_id
     values = ((row, state.weights[row.name]) for row in parameter_table(state.model_config))
     export_folder(
         target,
@@ -82,7 +83,15 @@ def _write_transformers(target: Path, state: TrainingState, run: Path | None, dt
         tokenizer=tokenizer,
         end_of_text=end_of_text,
         card=model_card(state, run),
+        add_special_tokens=source.kind == "transformers",
     )
+
+
+def _stated_end(source: Source) -> int:
+    """The end of text of weights without a tokenizer: what their config.json says, or else id 0."""
+    said = read_json(source.path / "config.json").get("eos_token_id") if source.kind == "transformers" else None
+    first = said[0] if isinstance(said, list) and said else said
+    return first if type(first) is int and first >= 0 else 0
 
 
 def stored_dtype(state: TrainingState) -> str:

@@ -59,39 +59,52 @@ class GenerateOptions(ModelOptions):
 
 
 class TextStream:
-    """Writes text as its tokens come. Only the beginning of a character is held back, at most three bytes of it."""
+    """Writes text as its tokens come. Only what may be the beginning of a character is held back."""
 
-    _WINDOW = 6
-    """Tokens that are decoded together: the three a held character can begin with, and some before them, since some
-    decoders treat the first token of a text differently."""
-
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], write: Callable[[str], object], before: Sequence[int] = ()
+    ) -> None:
+        """`before` are the tokens that the text goes on from."""
         self._decode, self._write = decode, write
+        self._before = list(before)
+        """The last tokens whose text is out, and whole: some decoders treat the first token of a text differently, and
+        some know no byte of a sequence that is cut in a character."""
         self._ids: list[int] = []
-        self._written = 0
-        """Characters of the window's text that are out."""
+        """Those since."""
+        self._text = decode(self._before)
+        """Of both."""
+        self._written = len(self._text)
+        """Characters of it that are out."""
 
     def add(self, token: int) -> None:
-        text = self._decode([*self._ids, token])
-        # Bytes that are no UTF-8 decode to U+FFFD: each run that no next byte can mend to one of its own, and what may
-        # still become a character to the last one.
-        held = text.endswith("\ufffd")
-        if held and not self._decode([token]):
-            return  # a special token: no part of the character
+        text = self._decode([*self._before, *self._ids, token])
+        if text and text == self._text and not self._decode([token]):
+            return  # a special token: no part of a character
         self._ids.append(token)
-        ready = len(text) - held
-        if ready > self._written:
-            self._write(text[self._written : ready])
-            self._written = ready
-        if len(self._ids) > self._WINDOW:
-            del self._ids[0]
-            self._written = len(self._decode(self._ids)) - held
+        self._text = text
+        # Bytes that are no UTF-8, or not yet, decode to U+FFFD, to one together or to one each.
+        whole = text.rstrip("\ufffd")
+        self._write_to(len(whole))
+        if text == whole:
+            self._go_on_from(self._ids if self._decode(self._ids) else [*self._before, *self._ids], [])
+        elif len(self._ids) > 3:
+            # No character has so many bytes: the first token began none. The last U+FFFD may still become one.
+            self._write_to(len(text) - 1)
+            self._go_on_from([], self._ids[1:], held=1)
+
+    def _write_to(self, end: int) -> None:
+        if end > self._written:
+            self._write(self._text[self._written : end])
+            self._written = end
+
+    def _go_on_from(self, before: list[int], ids: list[int], held: int = 0) -> None:
+        self._before, self._ids = before, ids
+        self._text = self._decode([*before, *ids])
+        self._written = len(self._text) - held
 
     def close(self) -> None:
         """Write what is left of an incomplete character."""
-        rest = self._decode(self._ids)[self._written :]
-        if rest:
-            self._write(rest)
+        self._write_to(len(self._text))
 
 
 def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, stream: bool) -> str:
@@ -100,12 +113,12 @@ def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, st
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     sampling = options.sampling(tokenizer.eot_id)
     if not stream:
-        return tokenizer.decode(model.generate([ids], sampling, options.seed)[0])
+        return tokenizer.decode_after(ids, model.generate([ids], sampling, options.seed)[0])
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    text = TextStream(tokenizer.decode, write)
+    text = TextStream(tokenizer.decode, write, ids)
 
     def on_token(tokens: list[int | None]) -> None:
         if tokens[0] is not None:
@@ -114,7 +127,7 @@ def continue_text(model: TrainedModel, prompt: str, options: GenerateOptions, st
     new = model.generate([ids], sampling, options.seed, on_token)[0]
     text.close()
     print()
-    return tokenizer.decode(new)
+    return tokenizer.decode_after(ids, new)
 
 
 def ask(terminal: bool) -> Iterator[str]:

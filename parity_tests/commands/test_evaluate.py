@@ -7,15 +7,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from parity_tests.support.data import byte_fallback_tokenizer
 from parity_tests.support.trained import DOCUMENTS, MODEL, trained_folder
 from torch_ref.spec.interface import IGNORE, Sampling, UserError
 from train import evaluate as evaluation
 from train import generate as generation
 from train.data.packing import document_rows
+from train.data.tokenizer import TextTokenizer
 from train.evaluate import batches, evaluate
 from train.generate import TextStream
 from train.state.source import Source
@@ -247,21 +250,59 @@ def test_stream_holds_back_incomplete_characters():
 
 
 def stream_bytes(tokens: list[bytes]) -> list[str]:
-    """What a stream writes of these tokens one after the other. It may decode few at a time, and hold one character."""
-    text, written = b"", []
+    """What a stream writes of these tokens one after the other. It may decode few at a time, and hold back no more than
+    what may still become a character: nothing but U+FFFD, of the last three tokens."""
+    written = []
 
     def decode(ids: list[int]) -> str:
-        assert len(ids) <= 7
-        return b"".join(tokens[number] for number in ids).decode(errors="replace")
+        parts = [tokens[number] for number in ids if tokens[number]]
+        assert len(parts) <= 8
+        return b"".join(parts).decode(errors="replace")
 
     stream = TextStream(decode, written.append)
-    for number, token in enumerate(tokens):
-        text += token
+    for number in range(len(tokens)):
         stream.add(number)
-        assert "".join(written) == text.decode(errors="replace").removesuffix("\ufffd")
+        read = [token for token in tokens[: number + 1] if token]
+        text, said = b"".join(read).decode(errors="replace"), "".join(written)
+        decided = b"".join(read[:-3]).decode(errors="replace").removesuffix("\ufffd")
+        assert text.startswith(said) and said.startswith((decided, text.rstrip("\ufffd")))
+        assert len(said) >= max(len(decided), len(text.rstrip("\ufffd")))
     stream.close()
-    assert "".join(written) == text.decode(errors="replace")
+    assert "".join(written) == b"".join(tokens).decode(errors="replace")
     return written
+
+
+@pytest.mark.parametrize("text", ["the 漢字 a", "漢字漢字漢字 é", "🙂🙂 the the", "   a ", "a\ufffdb"])
+@pytest.mark.parametrize("before", ["", "the", "é漢"])
+def test_stream_of_bytes_one_a_token_is_their_text(text, before):
+    """Of a tokenizer as Llama's: a sequence of bytes that is cut in a character decodes to U+FFFD for each byte of it,
+    and a text begins without the space that its first token has."""
+    tokenizer = TextTokenizer(byte_fallback_tokenizer().to_str(), "made here", {"eos_token": "</s>"})
+    whole = tokenizer.encode(before + text)
+    ids = whole[len(tokenizer.encode(before)) :]
+    assert tokenizer.encode(before) + ids == whole and tokenizer.decode_after(tokenizer.encode(before), ids) == text
+    written = []
+    stream = TextStream(tokenizer.decode, written.append, tokenizer.encode(before))
+    for token in ids:
+        stream.add(token)
+    assert "".join(written) == text
+    stream.close()
+    assert "".join(written) == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_continuation_keeps_the_space_it_begins_with(stream, capsys):
+    tokenizer = TextTokenizer(byte_fallback_tokenizer().to_str(), "made here", {"eos_token": "</s>"})
+    new = tokenizer.encode("the a 漢")[1:]
+
+    def generate(prompts, sampling, seed, on_token=None):
+        for token in new if on_token else []:
+            on_token([token])
+        return [new]
+
+    model = SimpleNamespace(tokenizer=tokenizer, generate=generate)
+    text = generation.continue_text(model, "the", generation.GenerateOptions(Path()), stream)
+    assert text == " a 漢" and capsys.readouterr().out == (" a 漢\n" if stream else "")
 
 
 def test_stream_of_any_bytes_is_their_text():
@@ -298,10 +339,14 @@ def test_what_an_ascii_terminal_lacks_is_escaped(folder, monkeypatch, terminal):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     out.isatty = lambda: terminal
     monkeypatch.setattr("sys.stdout", out)
-    text = "Grüße, 世界"
-    monkeypatch.setattr("train.data.tokenizer.TextTokenizer.decode", lambda self, ids: text[: len(ids)])
-    arguments = [str(folder), "--framework", "torch", "--prompt", "Grüße", "--max-new-tokens", str(len(text))]
+
+    def decode(self, ids):
+        return "".join("ü世"[number % 2] for number in ids)
+
+    monkeypatch.setattr("train.data.tokenizer.TextTokenizer.decode", decode)
+    arguments = [str(folder), "--framework", "torch", "--prompt", "Grüße", "--max-new-tokens", "10"]
     assert generation.main([*arguments, "--repetition-penalty", "1.1", "--seed", "2"]) == 0
     out.flush()
     written = out.buffer.getvalue().decode("ascii")
-    assert written.startswith("Gr\\xfc\\xdfe") and written.endswith("\n")
+    assert written.count("\\xfc") + written.count("\\u4e16") == 10
+    assert written.replace("\\xfc", "").replace("\\u4e16", "") == "\n"

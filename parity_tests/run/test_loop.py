@@ -472,6 +472,15 @@ def test_a_sample_never_exceeds_the_positions(stage: Stage) -> None:
     assert len(stage.records("sample")[0]["text"]) == 64 - len("Once upon a time")
 
 
+def test_a_prompt_that_the_tokenizer_leaves_nothing_of_is_the_start_of_a_document(stage: Stage) -> None:
+    """As in `train.generate`: a model takes no prompt without a token, and the run would end at its first sample."""
+    prompts, generate = [], stage.backend.generate
+    stage.data.tokenizer.encode = lambda text: []
+    stage.backend.generate = lambda prompt, *rest: prompts.append(prompt) or generate(prompt, *rest)
+    assert stage.train() == COMPLETE
+    assert prompts == [[stage.data.tokenizer.eot_id]] * 3
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(stage: Stage) -> None:
     def full(folder: Path, name: str, meta: dict) -> Path:
         raise OSError(28, "No space left on device")

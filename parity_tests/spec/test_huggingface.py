@@ -219,7 +219,10 @@ def test_tokenizer_travels_with_its_end_of_text(tmp_path, made):
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id) == ("<|endoftext|>", 0, 0)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     text = "Fünf  words, 1234 and\n\tan indent."
-    ids = tokenizer(text)["input_ids"]
+    inputs = tokenizer(text)
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["model_input_names"]
+    assert list(inputs) == written == ["input_ids", "attention_mask"]  # all that `generate` takes, in version 4 too
+    ids = inputs["input_ids"]
     assert ids == tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(ids) == text
     assert not list((tmp_path / "out").glob("**/special_tokens_map.json"))
@@ -246,6 +249,47 @@ def test_chat_template_and_padding_travel_with_the_tokenizer(tmp_path, place):
     chat = [{"role": "user", "content": "ab"}, {"role": "model", "content": "c"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>ab\n<model>c\n"
     assert tokenizer(["a", "abc"], padding=True)["input_ids"] == [[1, 0, 0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("added", ["template", "sequence", "by a foreign model"])
+def test_texts_and_chats_get_the_tokens_they_were_trained_with(tmp_path, added):
+    """Of a tokenizer that puts `<s>` before a text, which training here does not, but its chat template does."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    pytest.importorskip("pyarrow")
+    from parity_tests.support.data import byte_fallback_tokenizer
+    from train.data.tokenizer import load_tokenizer
+
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    theirs.mkdir()
+    made = byte_fallback_tokenizer()
+    if added == "sequence":
+        parts = [tokenizers.processors.ByteLevel(trim_offsets=False), made.post_processor]
+        made.post_processor = tokenizers.processors.Sequence(parts)
+    made.save(str(theirs / "tokenizer.json"))
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": template}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(settings))
+    trained = load_tokenizer(str(theirs))
+    trained.save(run)
+    foreign = added == "by a foreign model"
+    settings = {"tokenizer": theirs if foreign else run, "end_of_text": trained.eot_id, "add_special_tokens": foreign}
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), **settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = trained.encode("the a 漢")
+    assert tokenizer("the a 漢")["input_ids"] == ([1, *ids] if foreign else ids)
+    chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == trained.chat.write(chat) == "<s>the</s>a</s>"
+
+
+def test_the_end_of_text_may_be_a_piece_of_a_unigram_model(tmp_path):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    (tmp_path / "run").mkdir()
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -2.0)]
+    tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0)).save(str(tmp_path / "run/tokenizer.json"))
+    settings = {"tokenizer": tmp_path / "run", "end_of_text": 1}
+    export_folder(tmp_path / "out", SMALL, values_with_bias(SMALL), **settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.eos_token_id, tokenizer("ab")["input_ids"]) == (1, [2, 3])
 
 
 @pytest.mark.parametrize("fault", ["target in use", "no such token", "one expert"])

@@ -441,12 +441,17 @@ def test_weights_without_their_models_sizes_are_refused_by_name(tmp_path, settin
         open_state(Source("weights", tmp_path / "w.safetensors", None))
 
 
-def test_the_run_folder_in_a_neutral_folder_is_found(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/tokenizer.json").write_text(json.dumps(TOKENIZER))
-    weights = {row.name: value for row, value in initial_values(CONFIG, 1)}
-    write_state(tmp_path / "state", TrainingState(CONFIG, weights), tmp_path / "run")
-    assert locate(tmp_path / "state").run == tmp_path / "state" / RUN
-    convert(tmp_path / "state", tmp_path / "out", "transformers")
-    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert settings["eos_token"] == "<|endoftext|>"
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "parameters", "int32"])
+def test_weights_that_others_saved_with_torch_are_read_as_float32(tmp_path, stored):
+    torch = pytest.importorskip("torch")
+    change = torch.nn.Parameter if stored == "parameters" else lambda tensor: tensor.to(getattr(torch, stored))
+    tensors = {row.name: change(torch.from_numpy(value)) for row, value in initial_values(CONFIG, 1)}
+    torch.save(tensors, tmp_path / "weights.pt")
+    (tmp_path / SIDECAR).write_text(json.dumps({"model": CONFIG.to_dict()}))
+    if stored == "int32":
+        with pytest.raises(UserError, match="weights.pt: embed_tokens.weight is stored as int32, not as floats"):
+            convert(tmp_path / "weights.pt", tmp_path / "out", "neutral")
+        return
+    convert(tmp_path / "weights.pt", tmp_path / "out", "neutral")
+    for name, value in open_state(locate(tmp_path / "out")).weights.items():
+        np.testing.assert_array_equal(value, tensors[name].detach().float().numpy(), strict=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from train.data.hub import HubSource
 from train.data.sources import Row, Source, Stream
@@ -66,6 +67,21 @@ def write_text_files(folder: Path, texts: list[str]) -> Path:
 def write_tokenizer(folder: Path, texts: list[str], vocab_size: int = 320) -> Path:
     train_tokenizer(texts, vocab_size).save(folder)
     return folder
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 has one: pieces begin with their space, what has none is bytes, and a sentence starts with `<s>`."""
+    special, pieces = ["<unk>", "<s>", "</s>"], ["▁a", "▁t", "he", "▁the"]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abehté", *pieces]
+    merges = [("▁", "a"), ("▁", "t"), ("h", "e"), ("▁t", "he")]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 class FailingSource:

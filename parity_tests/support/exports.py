@@ -33,6 +33,7 @@ VARIANTS = {
     "one-group": dataclasses.replace(SMALL, num_kv_heads=1, q_lora_rank=16, first_k_dense=1, num_experts_per_tok=3),
     "no-shared": dataclasses.replace(SMALL, n_shared_experts=0, rope_theta=1333.5),
     "dense": dataclasses.replace(SMALL, first_k_dense=3),
+    "odd-widths": dataclasses.replace(SMALL, hidden_size=45, moe_intermediate_size=21, v_head_dim=11),
 }
 
 

@@ -202,6 +202,9 @@ class FakeTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode()
 
+    def decode_after(self, before: list[int], ids: list[int]) -> str:
+        return self.decode(ids)
+
 
 class FakeData:
     """Batch n is drawn from (seed, n); the cursor is the number of the next one."""

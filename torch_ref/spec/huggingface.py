@@ -112,6 +112,7 @@ def export_folder(
     tokenizer: Path | None = None,
     end_of_text: int = 0,
     card: str | None = None,
+    add_special_tokens: bool = False,
     shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Write `target`, a folder that `transformers` loads as `DeepseekV3ForCausalLM`.
@@ -122,6 +123,8 @@ def export_folder(
         tokenizer: a folder with `tokenizer.json`, which is copied; None leaves the tokenizer out.
         end_of_text: token id that ends a document: `bos`, `eos` and `pad`, as in training.
         card: text of `README.md`, the model card; None leaves it out.
+        add_special_tokens: whether the tokenizer goes on adding those it does (`<s>` before a text), for a model that
+            was trained with them: here none are.
         shard_bytes: a file larger than this is split, with `transformers`' index beside the parts.
 
     Raises:
@@ -152,7 +155,7 @@ def export_folder(
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             write_json(folder / "model.safetensors.index.json", index)
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, folder, end_of_text, config.max_position)
+            copy_tokenizer(tokenizer, folder, end_of_text, config.max_position, add_special_tokens)
         written = TensorReader(*(folder / file for file in files))
         checksums = {name: checksum(written[name]) for name in sorted(written)}
         write_json(folder / SIDECAR, {"model": config.to_dict(), "checksums": checksums})
@@ -182,33 +185,63 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
-def copy_tokenizer(source: Path, target: Path, end_of_text: int, max_position: int) -> None:
+_ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+"""Post-processors of a `tokenizer.json` that add special tokens to a text."""
+
+
+def copy_tokenizer(
+    source: Path, target: Path, end_of_text: int, max_position: int, add_special_tokens: bool = False
+) -> None:
     """Copy a fast tokenizer, and its chat template if it has one, so that `AutoTokenizer` of version 4 and 5 opens it,
-    with `end_of_text` as bos, eos and pad.
+    with `end_of_text` as bos, eos and pad; but the bos of a chat template stays, which the template writes.
 
     Raises `UserError` if `source` has no `tokenizer.json` or no token of that id.
     """
     tokenizer = read_json(source / "tokenizer.json")
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    names = {number: token for token, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    if isinstance(vocabulary, dict):
+        names = {number: token for token, number in vocabulary.items()}
+    else:  # of a Unigram model: pieces with their scores, in the order of their ids
+        names = {number: token for number, (token, _) in enumerate(vocabulary)}
     names.update((token["id"], token["content"]) for token in tokenizer.get("added_tokens", []))
     if end_of_text not in names:
         raise UserError(f"{source / 'tokenizer.json'}: no token has the end-of-text id {end_of_text}")
     settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
+    templated = "chat_template" in settings or (source / "chat_template.jinja").exists()
+    begin = settings.get("bos_token")
+    begin = begin.get("content") if isinstance(begin, dict) else begin
     for key in ("backend", "is_local", "local_files_only", "bos_token_id", "eos_token_id", "pad_token_id"):
         settings.pop(key, None)
     settings.update(
         # The class that both versions build from tokenizer.json alone.
         tokenizer_class="PreTrainedTokenizerFast",
-        bos_token=names[end_of_text],
+        bos_token=begin if templated and begin in names.values() else names[end_of_text],
         eos_token=names[end_of_text],
         pad_token=names[end_of_text],
         model_max_length=max_position,
+        # Version 4 would add the token_type_ids of BERT, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
     )
+    if not add_special_tokens:
+        for key in ("add_bos_token", "add_eos_token"):
+            settings.pop(key, None)
     write_json(target / "tokenizer_config.json", settings)
     for name in ("tokenizer.json", "chat_template.jinja"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    processor = _without_special_tokens(tokenizer.get("post_processor"))
+    if not add_special_tokens and processor != tokenizer.get("post_processor"):
+        write_json(target / "tokenizer.json", tokenizer | {"post_processor": processor})
+
+
+def _without_special_tokens(processor: dict | None) -> dict | None:
+    """A post-processor, or one of a sequence of them, less what adds special tokens."""
+    if processor is None or processor.get("type") in _ADDING:
+        return None
+    if processor.get("type") != "Sequence":
+        return processor
+    kept = [part for part in map(_without_special_tokens, processor.get("processors", [])) if part is not None]
+    return processor | {"processors": kept} if kept else None
 
 
 # Import

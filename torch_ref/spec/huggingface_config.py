@@ -64,6 +64,8 @@ def transformers_config(config: ModelConfig, dtype: str, end_of_text: int) -> di
     if config.num_moe_layers and config.n_routed_experts < 2:
         raise UserError("n_routed_experts = 1: DeepseekV3 in transformers needs at least 2 experts; nothing exported")
     theta = float(config.rope_theta)
+    # The products over groups of rows that version 5 otherwise takes want rows of 16 bytes, in bfloat16 8 values.
+    odd = config.num_moe_layers and (config.hidden_size % 8 or config.moe_intermediate_size % 8)
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -97,6 +99,7 @@ def transformers_config(config: ModelConfig, dtype: str, end_of_text: int) -> di
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **({"experts_implementation": "eager"} if odd else {}),
     }
 
 

@@ -154,6 +154,12 @@ class TextTokenizer:
         """The text; special tokens leave none. Ids beyond the vocabulary (a model may have room for more) neither."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def decode_after(self, before: list[int], ids: list[int]) -> str:
+        """The text of ids that follow others: with the space it begins with, which some tokenizers leave out at the
+        start of a text."""
+        text, start = self.decode([*before, *ids]), self.decode(before)
+        return text[len(start) :] if text.startswith(start) else self.decode(ids)
+
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, and the `tokenizer_config.json` with which `transformers` can read it."""
         end = self.end_of_text

@@ -377,7 +377,7 @@ class Run:
         """Let the model continue the prompt, with random numbers that belong to this sample alone."""
         tokenizer = self.data.tokenizer
         positions = self.options.model.max_position
-        prompt = tokenizer.encode(self.options.prompt)[: positions - 1]
+        prompt = (tokenizer.encode(self.options.prompt) or [tokenizer.eot_id])[: positions - 1]
         room = positions - len(prompt)
         sampling = self.options.sampling(tokenizer.eot_id)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
@@ -388,7 +388,7 @@ class Run:
             # Only the one that writes is at work: it asks the others when it has done.
             tokens = self.backend.generate(prompt, sampling, seed)
             self.heed_signals()
-        self.log.sample(self.step, self.options.prompt, tokenizer.decode(tokens))
+        self.log.sample(self.step, self.options.prompt, tokenizer.decode_after(prompt, tokens))
 
     # ------------------------------------------------------------------------------------------------- endings
 

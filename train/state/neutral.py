@@ -34,6 +34,7 @@ RUN_FILES = (
     "settings.toml",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "data.json",
     "python-docs.jsonl",
     "validation.npz",

@@ -119,6 +119,11 @@ def _read_torch(path: Path) -> TrainingState:
         config = _config_beside(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         require_rows(shapes, parameter_table(config), path, "the config beside it")
+        for name, tensor in stored.items():
+            if not tensor.is_floating_point():
+                raise UserError(
+                    f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, not as floats"
+                )
         return TrainingState(config, _torch_arrays(stored))
     require_contents(stored, "torch", path)
     return TrainingState(
@@ -131,7 +136,13 @@ def _read_torch(path: Path) -> TrainingState:
 
 
 def _torch_arrays(tensors: Mapping) -> LazyArrays:
-    return LazyArrays(tensors, lambda name: tensors[name].numpy().copy())
+    """16-bit floats come as float32, as from `TensorReader`."""
+
+    def fetch(name: str) -> np.ndarray:
+        tensor = tensors[name].detach()
+        return (tensor.float() if tensor.itemsize < 4 else tensor).numpy().copy()
+
+    return LazyArrays(tensors, fetch)
 
 
 def _read_flax(path: Path) -> TrainingState:
