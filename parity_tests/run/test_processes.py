@@ -48,9 +48,17 @@ def straight(straight_run: Path, tmp_path: Path) -> Path:
     return straight_run
 
 
+CHECKED = """
+from flax_model.backend import FlaxBackend
+from flax_model.self_check import self_checked
+FlaxBackend._checked = lambda self, compute: self_checked(compute, self._device, self.model_config)
+"""
+"""As on GPUs."""
+
+
 def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, straight: Path) -> None:
     config, run_dir = tmp_path / "settings.toml", tmp_path / "run"
-    with started(config, run_dir, 2) as run:
+    with started(config, run_dir, 2, program=CHECKED + MAIN) as run:
         run.wait_for_step(3)
         run.processes[1].send_signal(signal.SIGTERM)  # only to one that does not write
         assert run.codes() == [143, 143], run.said(0) + run.said(1)
