@@ -82,6 +82,24 @@ def test_four_processes_give_the_run_of_one(tmp_path: Path, straight: Path) -> N
     assert_same_run(run.run_dir, straight)
 
 
+@pytest.mark.parametrize("option", ["--resume-from", pytest.param("--init-from", marks=pytest.mark.slow)])
+def test_two_processes_begin_from_a_checkpoint_of_flax(tmp_path: Path, straight: Path, option: str) -> None:
+    """What it says of its settings is read before they are joined."""
+    origin = straight / "checkpoints/step_9"
+    with started(tmp_path / "settings.toml", tmp_path / "run", 2, 1, option, str(origin)) as run:
+        assert run.codes() == [0, 0], run.said(0) + run.said(1)
+        assert run.said(1) == ""
+    if option == "--init-from":
+        assert "Starting from the weights of" in run.said(0)
+        return
+    ours, theirs = (
+        {record["step"]: record["loss"] for record in read_metrics(each) if record["kind"] == "step"}
+        for each in (run.run_dir, straight)
+    )
+    assert list(ours) == [10, 11, 12]
+    np.testing.assert_allclose(list(ours.values()), [theirs[step] for step in ours], rtol=BOUND)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes_and_devices(tmp_path: Path, straight: Path) -> None:
     config, run_dir = tmp_path / "settings.toml", tmp_path / "run"
