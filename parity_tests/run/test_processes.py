@@ -75,8 +75,20 @@ def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, st
     assert_same_run(run_dir, straight)
 
 
+LATE = """
+import time
+from flax_model import processes
+from train.run import loop
+
+processes.SHUTDOWN = 5
+draw = loop.plot_runs
+loop.plot_runs = lambda *given: (time.sleep(12), draw(*given))[1]
+"""
+
+
 def test_four_processes_give_the_run_of_one(tmp_path: Path, straight: Path) -> None:
-    with started(tmp_path / "settings.toml", tmp_path / "run", 4) as run:
+    """Also where the first one is at its last files for longer than JAX waits for it."""
+    with started(tmp_path / "settings.toml", tmp_path / "run", 4, program=LATE + MAIN) as run:
         assert run.codes(300) == [0] * 4, run.said(0)
         assert [run.said(number) for number in (1, 2, 3)] == [""] * 3
     assert_same_run(run.run_dir, straight)
