@@ -12,6 +12,7 @@ Twins: `torch_ref/checkpoint.py`, `flax_model/checkpoint.py`.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -128,14 +129,7 @@ class Checkpoints:
         """A checkpoint's JSON object. Raises `UserError` naming a folder that is absent, something else, or damaged."""
         self.wait()
         with read_by_all(path, self._agree):
-            if not Path(path).is_dir():
-                raise UserError(f"{path}: no such checkpoint")
-            with read_errors(path, *UNREADABLE):
-                items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-                contents = self._reader.restore(Path(path).absolute(), args=items)["meta"]
-            require_seal(contents, path)
-            require_contents(contents, "flax", path)
-        return contents
+            return load_contents(path)
 
     def check(self, path: Path, contents: dict, expected: dict) -> None:
         """Raises `UserError` naming the first array that is missing, unknown, or of another shape or dtype than in
@@ -183,6 +177,18 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
             self._reader.close()
+
+
+def load_contents(path: Path) -> dict:
+    """A checkpoint's JSON object, as orbax wrote it. orbax would ask JAX for its devices, which processes must not do
+    before they are joined. Raises `UserError` naming a folder that is absent, something else, or damaged."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such checkpoint")
+    with read_errors(path):
+        contents = json.loads((Path(path) / "meta" / "metadata").read_text(encoding="utf-8"))
+    require_seal(contents, path)
+    require_contents(contents, "flax", path)
+    return contents
 
 
 def _items(processes: ocp.options.MultiprocessingOptions | None = None) -> ocp.CompositeCheckpointHandler:

@@ -109,7 +109,8 @@ def experts_error(path: str, dtype: str, device: jax.Device, config: ModelConfig
 
 
 def _cpu() -> jax.Device:
-    return jax.devices("cpu")[0]
+    """That of this process: of several, `jax.devices` begins with process 0's."""
+    return jax.local_devices(backend="cpu")[0]
 
 
 def _with_gradients(

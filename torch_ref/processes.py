@@ -54,7 +54,6 @@ def joined(device: str) -> Iterator[Processes]:
         leave(UserError(f"torchrun: the processes cannot be joined: {first_line(error)}; see docs/cluster.md"))
     try:
         yield processes
-        agree([0])()
         dist.destroy_process_group()
     except BaseException as error:
         leave(error, processes, LOST)

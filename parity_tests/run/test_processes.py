@@ -48,9 +48,17 @@ def straight(straight_run: Path, tmp_path: Path) -> Path:
     return straight_run
 
 
+CHECKED = """
+from flax_model.backend import FlaxBackend
+from flax_model.self_check import self_checked
+FlaxBackend._checked = lambda self, compute: self_checked(compute, self._device, self.model_config)
+"""
+"""As on GPUs."""
+
+
 def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, straight: Path) -> None:
     config, run_dir = tmp_path / "settings.toml", tmp_path / "run"
-    with started(config, run_dir, 2) as run:
+    with started(config, run_dir, 2, program=CHECKED + MAIN) as run:
         run.wait_for_step(3)
         run.processes[1].send_signal(signal.SIGTERM)  # only to one that does not write
         assert run.codes() == [143, 143], run.said(0) + run.said(1)
@@ -67,11 +75,41 @@ def test_two_processes_are_stopped_and_killed_and_one_goes_on(tmp_path: Path, st
     assert_same_run(run_dir, straight)
 
 
+LATE = """
+import time
+from flax_model import processes
+from train.run import loop
+
+processes.SHUTDOWN = 5
+draw = loop.plot_runs
+loop.plot_runs = lambda *given: (time.sleep(12), draw(*given))[1]
+"""
+
+
 def test_four_processes_give_the_run_of_one(tmp_path: Path, straight: Path) -> None:
-    with started(tmp_path / "settings.toml", tmp_path / "run", 4) as run:
+    """Also where the first one is at its last files for longer than JAX waits for it."""
+    with started(tmp_path / "settings.toml", tmp_path / "run", 4, program=LATE + MAIN) as run:
         assert run.codes(300) == [0] * 4, run.said(0)
         assert [run.said(number) for number in (1, 2, 3)] == [""] * 3
     assert_same_run(run.run_dir, straight)
+
+
+@pytest.mark.parametrize("option", ["--resume-from", pytest.param("--init-from", marks=pytest.mark.slow)])
+def test_two_processes_begin_from_a_checkpoint_of_flax(tmp_path: Path, straight: Path, option: str) -> None:
+    """What it says of its settings is read before they are joined."""
+    origin = straight / "checkpoints/step_9"
+    with started(tmp_path / "settings.toml", tmp_path / "run", 2, 1, option, str(origin)) as run:
+        assert run.codes() == [0, 0], run.said(0) + run.said(1)
+        assert run.said(1) == ""
+    if option == "--init-from":
+        assert "Starting from the weights of" in run.said(0)
+        return
+    ours, theirs = (
+        {record["step"]: record["loss"] for record in read_metrics(each) if record["kind"] == "step"}
+        for each in (run.run_dir, straight)
+    )
+    assert list(ours) == [10, 11, 12]
+    np.testing.assert_allclose(list(ours.values()), [theirs[step] for step in ours], rtol=BOUND)
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ def _closing(backend: Backend) -> Iterator[None]:
             backend.close()
         raise
     backend.close()
+    backend.agree([0])()  # the first one writes and draws for longer than the others' library would wait for it
 
 
 def _open_data(backend: Backend, options: Options, run_dir: Path, kept: bool) -> Data:

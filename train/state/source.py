@@ -21,6 +21,7 @@ from torch_ref.spec.config import ModelConfig, SpecificationError
 from torch_ref.spec.huggingface import SIDECAR, import_folder
 from torch_ref.spec.interface import Backend, TrainingState, UserError
 from torch_ref.spec.parameters import flax_path, parameter_table
+from torch_ref.spec.processes import Processes
 from torch_ref.spec.storage import TensorReader, read_json
 from torch_ref.spec.training_state import LazyArrays, require_config
 from train.state.neutral import RUN, TENSORS, is_state, read_state, require_rows
@@ -146,20 +147,26 @@ def _torch_arrays(tensors: Mapping) -> LazyArrays:
 
 
 def _read_flax(path: Path) -> TrainingState:
-    """An orbax folder. Weights or one moment are in memory at a time: orbax reads the stacked layers together."""
+    """An orbax folder. Weights or one moment are in memory at a time: orbax reads the stacked layers together. Until
+    they are asked for, JAX has not begun: its processes may not be joined yet."""
     try:
-        from flax_model.checkpoint import Checkpoints
+        import jax
+
+        from flax_model.checkpoint import Checkpoints, load_contents
     except ImportError:
         raise UserError(f"{path}: needs JAX to read; convert it to neutral form where JAX is installed") from None
 
-    checkpoints = Checkpoints()
-    contents = checkpoints.read_contents(path)
+    contents = load_contents(path)
     config = _config_of_dict(path, contents["model_config"])
     rows = parameter_table(config)
 
+    @functools.cache
+    def checkpoints() -> Checkpoints:
+        return Checkpoints(Processes(jax.process_count(), jax.process_index()))
+
     @functools.lru_cache(maxsize=1)
     def trees(*names: str) -> list[dict]:
-        return list(checkpoints.read_parts(path, contents, *names).values())
+        return list(checkpoints().read_parts(path, contents, *names).values())
 
     def fetch(names: tuple[str, ...], name: str) -> np.ndarray:
         keys, layer = flax_path(config, name)
