@@ -128,6 +128,11 @@ class Data:
         """The name and a hash of the rows that decide which state is the best; None if there are none."""
         return next((f"{name} {_hash_of(validation.rows)}" for name, validation in self.validations.items()), None)
 
+    @property
+    def scored(self) -> dict[str, str]:
+        """A hash of the rows of each validation, by name."""
+        return {name: _hash_of(validation.rows) for name, validation in self.validations.items()}
+
     def batches(self, cursor: dict | None = None) -> Prefetcher:
         """Batches without end from a position on (None: the start), made ahead by a thread. Close it when done."""
         if cursor:
@@ -250,7 +255,7 @@ class Data:
             names = [corpus.name for corpus in self.corpora]
             revisions = [corpus.source.identity.get("revision") for corpus in self.corpora]
             new = Kept(_one(names), _one(revisions), self.options.tokenizer, kept.rules)
-        own = {name: _hash_of(validation.rows) for name, validation in self.validations.items() if name != HELD_OUT}
+        own = {name: rows for name, rows in self.scored.items() if name != HELD_OUT}
         for name in own.keys() & (kept.validation or {}).keys():
             if own[name] != kept.validation[name]:
                 self.notes.append(f"validation dataset {name} is not what it was: its curve goes on with other text")
