@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -207,7 +208,9 @@ def test_a_run_on_chats_keeps_and_tells_how_they_are_written(chats, tmp_path):
 
 
 def test_documents_are_not_kept_apart_by_what_ends_a_turn(chats, tmp_path):
-    """No answer would see its question."""
+    """No answer would see its question. The first chats are of one turn, in which none is."""
+    one = json.dumps({"messages": [{"role": "system", "content": "x"}]}) + "\n"
+    Path(chats.dataset).write_text(10 * one + Path(chats.dataset).read_text())
     masked = dataclasses.replace(chats, document_mask=True)
     with pytest.raises(UserError, match="--document-mask: .* ends each turn with <.im_end.>, so no answer sees"):
         open_data(masked, tmp_path / "run")

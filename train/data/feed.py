@@ -38,6 +38,9 @@ RULES = 2
 """2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not. Runs
 begun before go on by the rules they began with."""
 
+LOOKED_AT = 1000
+"""Chats that `--document-mask` looks at before a run begins: the first may be of one turn."""
+
 VALIDATION_FILE = "validation.npz"
 """In the run folder: the held-out rows."""
 
@@ -188,19 +191,19 @@ class Data:
         corpus.rules = TextRules(chat)
         with closing(self._reader(corpus, lambda document: True).documents(1)) as documents:
             first = next(documents, None)
-        corpus.chats = first is not None and first.is_chat
-        if corpus.chats:
+            corpus.chats = first is not None and first.is_chat
+            if not corpus.chats:
+                corpus.rules = TextRules(None)
+                return
             self.notes.append(f"{corpus.label}chats, {chat.in_words}")
             if self.options.document_mask and chat.template is not None:
-                self._require_whole(first.text, tokenizer, resume)
-        else:
-            corpus.rules = TextRules(None)
+                self._require_whole(itertools.islice(itertools.chain([first], documents), LOOKED_AT), tokenizer, resume)
 
-    def _require_whole(self, chat: str, tokenizer: TextTokenizer, resume: bool) -> None:
+    def _require_whole(self, documents: Iterable[Document], tokenizer: TextTokenizer, resume: bool) -> None:
         """Raises `UserError` if the end of a turn would be taken for that of a document; of a run that began so, it is
         said."""
         end = tokenizer.end_of_text
-        if end in chat.rstrip().removesuffix(end):
+        if any(document.is_chat and end in document.text.rstrip().removesuffix(end) for document in documents):
             message = (
                 f"--document-mask: the chat template of {tokenizer.name} ends each turn with {end}, so no answer sees "
                 "its question; leave it out, or name a tokenizer with another eos_token"
