@@ -152,6 +152,7 @@ def test_a_field_that_is_null_is_none(tmp_path):
         for name in ("a.parquet", "a.jsonl")
     )
     assert of_table == of_lines and len(of_lines) == 2 and '"read"' in of_lines[1]
+    assert text([{"role": None, "content": None, "from": "human", "value": "x"}]) == ("User: x", True)
 
 
 @pytest.mark.parametrize("place", ["text", "list", "file"])

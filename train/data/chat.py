@@ -30,17 +30,17 @@ def as_chat(messages: list[dict]) -> list[dict[str, Any]] | Bad:
     does: rows of a table have each field that any of them has, and templates ask whether there is one."""
     chat = []
     for message in messages:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        fields = {key: value for key, value in message.items() if value is not None}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             if not all(isinstance(part, str) for part in parts):
                 return Bad("a message holds more than text")
             content = "".join(parts)
-        if content is None and not message.get("tool_calls"):
+        if content is None and not fields.get("tool_calls"):
             content = ""
         if not isinstance(role, str) or not isinstance(content, str | None):
             return Bad("not a chat: a message without role and content")
-        fields = {key: value for key, value in message.items() if value is not None}
         chat.append({**fields, "role": _ROLES.get(role, role), "content": content})
     return chat
 
