@@ -96,6 +96,7 @@ BROKEN = {
     '{"goal": "x", "sol1": "a", "sol2": "b", "label": Infinity}': "incomplete",
     '{"question": "x", "choices": ["a", 7], "answer": 0}': "a choice that is no text",
     '{"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}': "incomplete",
+    r'{"question": "x", "choices": ["a", "\ud83d"], "answer": 0}': "no Unicode text \\(surrogates not allowed\\)",
 }
 
 

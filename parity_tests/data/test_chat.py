@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 
@@ -28,6 +31,21 @@ MARKED = "".join(
 )
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "reads a page "}]
 JOINED = "User: the cat\n\nAssistant: reads a page "
+CALL = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "read", "arguments": {"ä": 1}}}]},
+]
+TOOLS = """\
+{% if tools is not none or documents is not none %}With tools and documents.{% endif %}
+{% for message in messages %}
+{{ message['content'] }}
+{% if 'tool_calls' in message %}
+{% for call in message['tool_calls'] %}
+{{ call.function | tojson(ensure_ascii=False) }}
+{{ call.function | tojson(ensure_ascii=True, indent=2, separators=(',', ':'), sort_keys=True) }}
+{% endfor %}
+{% endif %}
+{% endfor %}"""
 
 
 def chat_tokenizer(folder, **config):
@@ -100,16 +118,41 @@ def test_templates_are_written_as_transformers_writes_them(tmp_path):
         "{{ bos_token }}{% if strftime_now is defined and false %}{{ strftime_now('%Y') }}{% endif %}"
         "{{ messages | tojson }}\n    {%- set x = 1 %}\n  {% if x %}\nyes\n{% endif %}"
     )
-    for number, template in enumerate((TEMPLATE, generation, guarded)):
+    cases = [(TEMPLATE, CHAT), (generation, CHAT), (guarded, CHAT), (TOOLS, CHAT), (TOOLS, CALL)]
+    for number, (template, chat) in enumerate(cases):
         folder = chat_tokenizer(tmp_path / str(number), chat_template=template, bos_token="<|im_start|>")
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         ours = load_tokenizer(str(folder))
-        written, is_chat = text(CHAT, ours.chat)
-        assert written == theirs.apply_chat_template(CHAT, tokenize=False) and is_chat
-        (path := tmp_path / f"{number}.jsonl").write_text(json.dumps({"messages": CHAT}))
+        written, is_chat = text(chat, ours.chat)
+        assert written == theirs.apply_chat_template(chat, tokenize=False) and is_chat
+        (path := tmp_path / f"{number}.jsonl").write_text(json.dumps({"messages": chat}))
         (document,) = Reader(FileSource(str(path), "messages"), rules=TextRules(ours.chat))
-        ids = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+        ids = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
         assert ours.encode_documents([document])[0].tolist() == ids
+
+
+def test_a_message_that_only_calls_a_tool():
+    """Its content is null, which DeepSeek's template asks for. To others it is empty."""
+    call = [CALL[0], {**CALL[1], "content": None}]
+    asks = "{% if messages[1]['content'] is none %}{{ messages[1].tool_calls[0].function.name }}{% endif %}"
+    assert text(call, ChatFormat(asks)) == ("read", True) and text(CALL, ChatFormat(asks)) == ("", True)
+    for chat in (ChatFormat(), ChatFormat(TEMPLATE), ChatFormat(TOOLS)):
+        assert text(call, chat) == text(CALL, chat)
+
+
+def test_a_field_that_is_null_is_none(tmp_path):
+    """A table has the field in every message, JSON in one."""
+    rows = [CHAT, CALL]
+    kept = pyarrow.array([[{**message, "tool_calls": message.get("tool_calls")} for message in row] for row in rows])
+    pyarrow.parquet.write_table(pyarrow.table({"messages": kept}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    rules = TextRules(ChatFormat(TOOLS))
+    of_table, of_lines = (
+        [document.text for document in Reader(FileSource(str(tmp_path / name), "messages"), rules=rules)]
+        for name in ("a.parquet", "a.jsonl")
+    )
+    assert of_table == of_lines and len(of_lines) == 2 and '"read"' in of_lines[1]
+    assert text([{"role": None, "content": None, "from": "human", "value": "x"}]) == ("User: x", True)
 
 
 @pytest.mark.parametrize("place", ["text", "list", "file"])
@@ -166,7 +209,9 @@ def test_a_run_on_chats_keeps_and_tells_how_they_are_written(chats, tmp_path):
 
 
 def test_documents_are_not_kept_apart_by_what_ends_a_turn(chats, tmp_path):
-    """No answer would see its question."""
+    """No answer would see its question. The first chats are of one turn, in which none is."""
+    one = json.dumps({"messages": [{"role": "system", "content": "x"}]}) + "\n"
+    Path(chats.dataset).write_text(10 * one + Path(chats.dataset).read_text())
     masked = dataclasses.replace(chats, document_mask=True)
     with pytest.raises(UserError, match="--document-mask: .* ends each turn with <.im_end.>, so no answer sees"):
         open_data(masked, tmp_path / "run")

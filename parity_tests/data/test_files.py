@@ -1,7 +1,9 @@
 """Which files a path, a folder or a glob names: what is left out and said, links, odd names, home folders."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,23 @@ def test_glob_characters_in_real_names(name, tmp_path):
     assert names_of(tmp_path / name / "b [1].txt") == ["b [1].txt"]
     assert names_of(tmp_path / name / "b [1].*") == ["b [1].txt"]
     assert len(names_of(tmp_path / name)) == 2
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, **{"a.txt": b"one", "closed/b.txt": b"two"})
+    scandir = os.scandir
+
+    def refuse(place):  # root may read every folder
+        if os.path.basename(place) == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = FileSource(str(tmp_path))
+    assert [file.name for file in source.files] == ["a.txt"]
+    assert source.notes[1] == "left out: closed (a folder that can't be read: Permission denied)"
+    with pytest.raises(UserError, match=r"left out: \. \(a folder that can't be read: Permission denied\)"):
+        FileSource(str(tmp_path / "closed"))
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

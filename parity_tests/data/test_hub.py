@@ -1,6 +1,7 @@
 """Text that no file of the user holds: the documentation of the Python at hand, and datasets streamed from the Hub."""
 
 import ast
+import itertools
 import json
 import logging
 import os
@@ -222,6 +223,22 @@ def test_rows_of_a_hub_dataset_without_a_schema(tmp_path):
 
     source = HubSource(datasets.IterableDataset.from_generator(records), "owner/data", None, None, "text")
     assert [row.value for row in source.rows(None)] == ["one", Bad("the field 'text' is missing"), "three"]
+
+
+@pytest.mark.parametrize("kind", ["text", "csv"])
+def test_a_file_that_datasets_cannot_read_past_is_an_error(kind, tmp_path):
+    """It is not met again and again, without end."""
+    import datasets
+
+    for name, end in (("a", b""), ("b", b"bad \xff\n")):
+        (tmp_path / name).write_bytes(b"text\none\ntwo\n" + end)
+    files = [str(tmp_path / name) for name in "ab"]
+    dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+    read = []
+    with pytest.raises(OSError, match="owner/data, after row [34]: UnicodeDecodeError"):
+        for row in itertools.islice(HubSource(dataset, "owner/data", None, None, "text").rows(None), 10):
+            read.append(row.value)
+    assert read[-3:] == ["one", "two", Bad("invalid UTF-8")]
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -214,6 +215,16 @@ def test_a_document_alone(make_data):
     assert inputs.shape == (3, 4)
     assert inputs.ravel()[:10].tolist() == [0, *ids] and targets.ravel()[:10].tolist() == [*ids, 0]
     assert targets.ravel()[10:].tolist() == [IGNORE, IGNORE]
+
+
+def test_a_long_document_is_not_a_list_of_numbers():
+    """A text of 300 MB has some 75 million tokens: as Python's numbers they take gigabytes."""
+    ids = np.zeros(500_000, np.int32)
+    tracemalloc.start()
+    document_rows(ids, 64, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 24 * ids.size
 
 
 # -------------------------------------------------------------------------------------------------- opening, resuming

@@ -203,8 +203,10 @@ def test_without_a_network_one_line_says_so_at_once(tmp_path):
     assert done.stdout.count("\n") == 1 and "can't be reached" in done.stdout and "--preset tiny" in done.stdout
 
 
-def test_a_run_goes_on_with_its_own_tokenizer(trained, tmp_path):
+def test_a_run_goes_on_with_its_own_tokenizer(trained, tmp_path, monkeypatch):
     run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    Path("bpe").mkdir()  # is not what `bpe` names
     trained.save(run)
     kept = open_tokenizer("bpe", 400, iter(make_texts(50, seed=5)), run, keep=True)
     assert kept.hash == trained.hash

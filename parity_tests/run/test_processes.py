@@ -279,11 +279,20 @@ def test_a_run_of_two_processes_goes_on_in_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_are_not_alike_are_refused(tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    with started(
-        config, tmp_path / "run", 2, program=f"import os, sys; sys.argv += ['--seed', str(os.getpid())]; {MAIN}"
-    ) as run:
+@pytest.mark.parametrize(
+    ("what", "difference"),
+    [
+        ("settings", "sys.argv += ['--seed', str(os.getpid())]"),
+        ("validation rows", "os.chdir(sys.argv[sys.argv.index('--process-id') + 1])"),
+    ],
+)
+def test_processes_that_are_not_alike_are_refused(what: str, difference: str, tmp_path: Path, monkeypatch) -> None:
+    config = settings(tmp_path, validation_dataset=("own=own.txt",))
+    monkeypatch.chdir(tmp_path)
+    for number, folder in enumerate((".", "0", "1")):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "own.txt").write_text("the model reads a row of tokens. " * 9**number)
+    with started(config, tmp_path / "run", 2, program=f"import os, sys; {difference}; {MAIN}") as run:
         assert run.codes() == [2, 2], run.said(0)
         for number in (0, 1):
-            assert "the settings are not the same in all 2 processes" in run.said(number)
+            assert f"the {what} are not the same in all 2 processes" in run.said(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,24 +17,31 @@ from train.data.records import Bad
 BETWEEN_TEXTS = "\n\n"
 """Joins the texts of a list, and the messages of a chat without a template."""
 
+_ASKS_FOR_NONE = re.compile(r"""\bcontent\W* is (not )?none""")
+"""In a template: that it tells a message without content from an empty one, as DeepSeek's does for calls of tools."""
+
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Names that chats of `from` and `value` give to the roles."""
 
 
 def as_chat(messages: list[dict]) -> list[dict[str, Any]] | Bad:
-    """Messages with `role` and `content`, out of those or of `from` and `value`; contents in parts are joined."""
+    """Messages with `role` and `content`, out of those or of `from` and `value`; contents in parts are joined. One
+    without content has an empty text, or None if it calls tools. Whatever else is null is left out, as `transformers`
+    does: rows of a table have each field that any of them has, and templates ask whether there is one."""
     chat = []
     for message in messages:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        fields = {key: value for key, value in message.items() if value is not None}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             if not all(isinstance(part, str) for part in parts):
                 return Bad("a message holds more than text")
             content = "".join(parts)
-        content = "" if content is None else content
-        if not isinstance(role, str) or not isinstance(content, str):
+        if content is None and not fields.get("tool_calls"):
+            content = ""
+        if not isinstance(role, str) or not isinstance(content, str | None):
             return Bad("not a chat: a message without role and content")
-        chat.append({**message, "role": _ROLES.get(role, role), "content": content})
+        chat.append({**fields, "role": _ROLES.get(role, role), "content": content})
     return chat
 
 
@@ -64,6 +72,8 @@ class ChatFormat:
     """Of the tokenizer, for messages."""
 
     def write(self, chat: list[dict[str, Any]]) -> str | Bad:
+        if self.template is None or not _ASKS_FOR_NONE.search(self.template):
+            chat = [{**message, "content": message["content"] or ""} for message in chat]
         if self.template is None:
             return BETWEEN_TEXTS.join(f"{message['role'].capitalize()}: {message['content']}" for message in chat)
         for message in chat:
@@ -73,7 +83,8 @@ class ChatFormat:
         from jinja2 import TemplateError
 
         try:
-            return self._compiled.render(messages=chat, add_generation_prompt=False, **self.tokens)
+            given = {"tools": None, "documents": None, "add_generation_prompt": False}  # as `transformers` does
+            return self._compiled.render(messages=chat, **given, **self.tokens)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             return Bad(f"the chat template refuses it: {first_line(error)}")
 
@@ -107,13 +118,17 @@ class ChatFormat:
                 next(parser.stream)
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+        def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+            written = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+            return json.dumps(value, ensure_ascii=ensure_ascii, **written)
+
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = refuse
         try:
             return environment.from_string(self.template)

@@ -38,6 +38,9 @@ RULES = 2
 """2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not. Runs
 begun before go on by the rules they began with."""
 
+LOOKED_AT = 1000
+"""Chats that `--document-mask` looks at before a run begins: the first may be of one turn."""
+
 VALIDATION_FILE = "validation.npz"
 """In the run folder: the held-out rows."""
 
@@ -128,6 +131,11 @@ class Data:
         """The name and a hash of the rows that decide which state is the best; None if there are none."""
         return next((f"{name} {_hash_of(validation.rows)}" for name, validation in self.validations.items()), None)
 
+    @property
+    def scored(self) -> dict[str, str]:
+        """A hash of the rows of each validation, by name."""
+        return {name: _hash_of(validation.rows) for name, validation in self.validations.items()}
+
     def batches(self, cursor: dict | None = None) -> Prefetcher:
         """Batches without end from a position on (None: the start), made ahead by a thread. Close it when done."""
         if cursor:
@@ -183,19 +191,19 @@ class Data:
         corpus.rules = TextRules(chat)
         with closing(self._reader(corpus, lambda document: True).documents(1)) as documents:
             first = next(documents, None)
-        corpus.chats = first is not None and first.is_chat
-        if corpus.chats:
+            corpus.chats = first is not None and first.is_chat
+            if not corpus.chats:
+                corpus.rules = TextRules(None)
+                return
             self.notes.append(f"{corpus.label}chats, {chat.in_words}")
             if self.options.document_mask and chat.template is not None:
-                self._require_whole(first.text, tokenizer, resume)
-        else:
-            corpus.rules = TextRules(None)
+                self._require_whole(itertools.islice(itertools.chain([first], documents), LOOKED_AT), tokenizer, resume)
 
-    def _require_whole(self, chat: str, tokenizer: TextTokenizer, resume: bool) -> None:
+    def _require_whole(self, documents: Iterable[Document], tokenizer: TextTokenizer, resume: bool) -> None:
         """Raises `UserError` if the end of a turn would be taken for that of a document; of a run that began so, it is
         said."""
         end = tokenizer.end_of_text
-        if end in chat.rstrip().removesuffix(end):
+        if any(document.is_chat and end in document.text.rstrip().removesuffix(end) for document in documents):
             message = (
                 f"--document-mask: the chat template of {tokenizer.name} ends each turn with {end}, so no answer sees "
                 "its question; leave it out, or name a tokenizer with another eos_token"
@@ -250,7 +258,7 @@ class Data:
             names = [corpus.name for corpus in self.corpora]
             revisions = [corpus.source.identity.get("revision") for corpus in self.corpora]
             new = Kept(_one(names), _one(revisions), self.options.tokenizer, kept.rules)
-        own = {name: _hash_of(validation.rows) for name, validation in self.validations.items() if name != HELD_OUT}
+        own = {name: rows for name, rows in self.scored.items() if name != HELD_OUT}
         for name in own.keys() & (kept.validation or {}).keys():
             if own[name] != kept.validation[name]:
                 self.notes.append(f"validation dataset {name} is not what it was: its curve goes on with other text")

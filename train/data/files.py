@@ -125,7 +125,12 @@ def _is_documentation(file: Path) -> bool:
 def _search(folder: Path, left_out: dict[str, list[str]]) -> Iterator[Path]:
     """All files below a folder but hidden ones. Links to folders are followed, each folder is searched once."""
     searched: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def leave_out(error: OSError) -> None:
+        reason = f"a folder that can't be read: {error.strerror or error}"
+        left_out.setdefault(reason, []).append(Path(error.filename).relative_to(folder).as_posix())
+
+    for place, folders, names in os.walk(folder, onerror=leave_out, followlinks=True):
         if (real := os.path.realpath(place)) in searched:
             left_out.setdefault("a link to a folder searched already", []).append(
                 Path(place).relative_to(folder).as_posix()

@@ -79,6 +79,8 @@ class HubStream:
     def __init__(self, source: HubSource, state: dict | None):
         self._source = source
         self._row = state["row"] if state else 0
+        self._spoiled: dict | None = None
+        """The position after the last row that was not UTF-8."""
         self._open(state["datasets"] if state else None)
 
     def _open(self, state: dict | None) -> None:
@@ -97,8 +99,11 @@ class HubStream:
         try:
             value = pick(next(self._examples), field)
             value = Bad(f"the field {field!r} is missing") if value is None else value
-        except UnicodeDecodeError:  # ends the iteration, with the state already past the row
-            self._open(self._dataset.state_dict())
+        except UnicodeDecodeError as error:  # ends the iteration, with the state already past the row of a table
+            if (after := self._dataset.state_dict()) == self._spoiled:  # of a file of text or CSV: never past it
+                raise OSError(f"{self._source.name}, after row {self._row}: {in_one_line(error)}") from error
+            self._spoiled = after
+            self._open(after)
             value = Bad("invalid UTF-8")
         self._row += 1
         return Row(value, f"{self._source.name}:{self._row}")

@@ -77,6 +77,10 @@ def _question(place: str, line: str, label: str | None) -> Question:
         raise UserError(f"--benchmark {place}: a choice that is no text")
     if not 0 <= question.answer < len(question.choices):
         raise UserError(f"--benchmark {place}: the answer is none of its {len(question.choices)} choices")
+    try:
+        "".join([question.context, *question.choices]).encode()
+    except UnicodeEncodeError as error:  # half of a pair that JSON escapes, as a text cut in two has
+        raise UserError(f"--benchmark {place}: no Unicode text ({error.reason})") from None
     return question
 
 

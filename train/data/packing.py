@@ -70,7 +70,7 @@ def rows_of(tokens: Sequence[int], seq_len: int) -> Rows:
 
 def document_rows(ids: Sequence[int], seq_len: int, eot_id: int) -> Rows:
     """One document within its own boundaries: from the end-of-text token before it to that after it."""
-    return rows_of([eot_id, *ids, eot_id], seq_len)
+    return rows_of(np.pad(np.asarray(ids, np.int32), 1, constant_values=eot_id), seq_len)
 
 
 def pack(

@@ -281,7 +281,7 @@ def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Pat
     so that a change in it is noticed. Raises `UserError` if it is larger than the model's vocabulary."""
     kept = Path(folder) / "tokenizer.json"
     keep = keep and kept.exists()
-    if keep and not user_path(name).exists():
+    if keep and (name == TRAINED or not user_path(name).exists()):
         try:
             tokenizer = load_tokenizer(str(kept))
         except UserError as error:

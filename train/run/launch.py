@@ -65,6 +65,7 @@ def _launch(
                 require_same(backend, "settings", options.to_dict() | dict.fromkeys(PROCESS), backend.compute)
                 data = first_by_the_writer(backend, lambda kept: _open_data(backend, options, run_dir, kept))
                 require_same(backend, f"data in {run_dir}", data.identity)
+                require_same(backend, "validation rows", data.scored)
                 if options.document_mask:
                     backend.keep_within_documents(data.tokenizer.eot_id)
                 return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
