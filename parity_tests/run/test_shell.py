@@ -118,6 +118,17 @@ def test_a_closed_pipe_ends_a_command_quietly(tmp_path):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
+    """The folder stands for a torch whose import is interrupted after some of its parts."""
+    (tmp_path / "torch").mkdir()
+    interrupted = "import sys\nsys.modules['torch.distributed'] = sys\nraise KeyboardInterrupt"
+    (tmp_path / "torch" / "__init__.py").write_text(interrupted)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-m", "torch_ref.train", "--preset", "tiny", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted; what was not saved is lost.\n")
+
+
 # ------------------------------------------------------------------------------------------- one process a run folder
 
 
