@@ -129,9 +129,7 @@ def main(argv: Sequence[str]) -> int:
     runs = [summarize(run) for run in find_runs(folder)]
     if not runs:
         raise UserError(f"{folder}: no run in it or below it")
-    console = PatientConsole()
-    # Piped into a file or another program, lines must not be folded to a terminal's width.
-    console.print(table_of(runs, folder), width=None if console.is_terminal else 160)
+    PatientConsole().print(table_of(runs, folder))
     return COMPLETE
 
 

@@ -133,7 +133,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_goes_on(
 
     def unread(log: RunLog, values: dict, line: str) -> None:
         said(log, values, line)
-        log.unread = values["step"] == 7
+        log.unread = "is not read any more" if values["step"] == 7 else ""
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "step", unread)

@@ -209,6 +209,20 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
 
 
+def test_piped_the_list_of_runs_has_a_line_for_each_and_no_colours(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "/".join(["a-long-name-of-a-folder"] * 5)
+    (shelf / name).parent.mkdir(parents=True)
+    (shelf / "b-flax").rename(shelf / name)
+    assert main([str(shelf)]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[3:-1]] == [name, "a-torch"]
+    assert "stopped" in shown and "\x1b" not in shown
+
+
 def test_brackets_in_a_runs_name_are_listed(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     (shelf / "x[").mkdir()
     (shelf / "a-torch").rename(shelf / "x[" / "y]")
@@ -245,16 +259,25 @@ def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: p
     assert [summarize(folder).state for folder in find_runs(shelf)] == ["complete", "stopped"]
 
 
-def test_a_reader_that_goes_away_is_noted_and_the_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (BrokenPipeError(), "is not read any more"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written (No space left on device)"),
+    ],
+)
+def test_output_that_cannot_be_written_is_noted_and_the_logs_go_on(
+    error: OSError, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("train.run.runlog.forget_output", lambda: None)  # here it is pytest's
 
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
     with RunLog(tmp_path, 0, small_options(), console=PatientConsole(file=Closed())) as log:
         log.say("first")
-        assert log.unread
+        assert log.unread == why
         log.say("second")
     assert (tmp_path / "training.logs").read_text() == "first\nsecond\n"
 

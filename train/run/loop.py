@@ -139,7 +139,7 @@ class Run:
                         if self.due(self.options.sample_interval):
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
-                        self.together.agree(self.log.unread)
+                        self.together.agree(bool(self.log.unread))
                         # Either writes the step's checkpoint itself, once: Flax removes one before it writes it anew.
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
@@ -149,7 +149,7 @@ class Run:
                         if self.save_due:
                             self.save()
                         if self.together.wishes.unread:
-                            return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
+                            return self.stop_interrupted(CLOSED_PIPE, f"since its output {self.log.unread}")
                         if self.together.stop_number and not self.finished:
                             return self.stop_interrupted(self.together.stop_number)
                         if self.together.wishes.no_data and not self.finished:
