@@ -38,6 +38,7 @@ def test_it_leaves_no_trace_and_training_uses_the_rate(tmp_path: Path) -> None:
     assert stage.train() == 0
     found = float(stage.text.split("suggests --learning-rate ")[1].split(",")[0])
     assert found != stage.options.learning_rate
+    assert f"learning rate up to {found:g}\n" in stage.text and stage.text.count("learning rate up to") == 1
     assert (stage.run_dir / "lr_finder.png").stat().st_size > 10_000
     assert f"learning_rate = {found}" in (stage.run_dir / "settings.toml").read_text()
 

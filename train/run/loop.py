@@ -123,6 +123,7 @@ class Run:
             try:
                 if self.options.find_lr and self.step == 0:
                     self.adopt_learning_rate()
+                self._announce_phase()  # with the rate that was found
                 traced = self.options.profiled() if self.writes else range(0)
                 tracing = Tracing(self.backend, self.run_dir / "profile", traced, self.log.say)
                 with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
@@ -267,7 +268,6 @@ class Run:
             self.log.warn(f"changed since the checkpoint: {change}")
         self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
         self.log.say(origin)
-        self._announce_phase()
 
     def _write_settings(self) -> None:
         """What `auto` chose for this device stays `auto`: the file may be read on another."""
