@@ -19,7 +19,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.guard import is_held
 from train.run.overview import size_in_words
-from train.run.runlog import METRICS, PatientConsole, read_metrics, validation_curves
+from train.run.runlog import LONGEST_LINE, METRICS, PatientConsole, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 
@@ -129,7 +129,9 @@ def main(argv: Sequence[str]) -> int:
     runs = [summarize(run) for run in find_runs(folder)]
     if not runs:
         raise UserError(f"{folder}: no run in it or below it")
-    PatientConsole().print(table_of(runs, folder))
+    console = PatientConsole()
+    console.width = LONGEST_LINE  # a terminal folds what is longer; rich would cut words short, such as the state
+    console.print(table_of(runs, folder))
     return COMPLETE
 
 

@@ -209,18 +209,22 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
 
 
-def test_piped_the_list_of_runs_has_a_line_for_each_and_no_colours(
-    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_is_listed_in_a_line_whatever_the_width(
+    terminal: bool, shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     name = "/".join(["a-long-name-of-a-folder"] * 5)
     (shelf / name).parent.mkdir(parents=True)
     (shelf / "b-flax").rename(shelf / name)
     assert main([str(shelf)]) == 0
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.splitlines()[3:-1]] == [name, "a-torch"]
-    assert "stopped" in shown and "\x1b" not in shown
+    runs = [line.split() for line in shown.splitlines()[3:-1]]
+    assert sorted((run[0], run[-1]) for run in runs) == [(name, "stopped"), ("a-torch", "complete")]
+    assert terminal or "\x1b" not in shown  # FORCE_COLOR or not: it may be a file
 
 
 def test_brackets_in_a_runs_name_are_listed(shelf: Path, capsys: pytest.CaptureFixture) -> None:
