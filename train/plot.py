@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import make_folder, user_path, write_errors
-from train.run.runlog import METRICS, read_metrics, validation_curves
+from train.run.runlog import METRICS, best_loss, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 if TYPE_CHECKING:  # half of the time a command takes to start: imported where something is drawn
@@ -137,7 +137,8 @@ def _draw_loss(axes: Axes, run: Curves, look: dict[str, str]) -> None:
     for marker, (dataset, records) in zip(itertools.cycle(MARKERS), run.validations.items(), strict=False):
         at = [record["step"] for record in records]
         values = np.array([record.get("loss") for record in records], dtype=float)
-        best = "" if np.isnan(values).all() else f", best {np.nanmin(values):.3f}"
+        kept = best_loss(records)
+        best = "" if kept is None else f", best {kept:.3f}"
         axes.plot(
             at,
             values,

@@ -19,7 +19,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.guard import is_held
 from train.run.overview import size_in_words
-from train.run.runlog import LONGEST_LINE, METRICS, PatientConsole, read_metrics, validation_curves
+from train.run.runlog import LONGEST_LINE, METRICS, PatientConsole, best_loss, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 
@@ -47,7 +47,6 @@ def summarize(folder: Path) -> RunSummary:
     steps = [record for record in records if record["kind"] == "step"]
     last = steps[-1] if steps else {"step": 0}
     judged = next(iter(validation_curves(records).values()), [])
-    validations = [record["loss"] for record in judged if record.get("loss") is not None]
     settings = _settings(folder)
     phases = [settings.get(name) for name in ("steps", "extended_steps")]
     planned = sum(phases) if all(isinstance(steps, int) for steps in phases) else None
@@ -58,7 +57,7 @@ def summarize(folder: Path) -> RunSummary:
         step=last["step"],
         steps=planned,
         loss=last.get("loss"),
-        best_validation=min(validations, default=None),
+        best_validation=best_loss(judged),
         tokens_seen=last.get("tokens_seen") or 0,
         size=size_of(folder),
         state="running" if is_training(folder) else ended,

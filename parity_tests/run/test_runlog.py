@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import types
@@ -18,7 +19,9 @@ from filelock import FileLock
 from rich.console import Console
 
 from parity_tests.support.fakes import small_options
+from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import UserError
+from train.plot import plot_runs
 from train.run.board import Board
 from train.run.guard import HOLDER, LOCK
 from train.run.runlog import PatientConsole, RunLog, cut_logs, read_metrics, step_line
@@ -207,6 +210,24 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
         assert text in shown
     assert main([str(shelf / "nothing")]) == 2
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
+
+
+def test_the_best_loss_is_that_of_the_state_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By `--min-delta` a lower one need not be better: the run's last line, the list and the legend say the same."""
+    legends: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.legend", lambda axes, **_: legends.extend(axes.get_legend_handles_labels()[1])
+    )
+    stage = Stage(tmp_path, small_options(min_delta=0.5, eval_interval=5))
+    stage.backend.validation_losses = {5: 2.0, 10: 1.75, 15: 1.6}.get
+    assert stage.train() == 0
+    said = re.search(r"best validation loss ([\d.]+) at step", stage.text)[1]
+    assert min(record["loss"] for record in stage.records("validation")) < float(said)
+    assert f"{summarize(stage.run_dir).best_validation:.4f}" == said
+    plot_runs([stage.run_dir], tmp_path / "plot.png")
+    assert [label for label in legends if "validation" in label][0].endswith(f", best {float(said):.3f}")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -349,6 +349,14 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str | None, list[di
     return dict(sorted(curves.items(), key=lambda curve: curve[0] is not None))
 
 
+def best_loss(curve: list[dict[str, Any]]) -> float | None:
+    """The validation loss of the state that was kept as the best one, which the last record names by its step: by
+    `--min-delta` it need not be the lowest. That is taken of a curve that decides nothing, or does not reach back."""
+    known = [record for record in curve if record.get("loss") is not None]
+    kept = [record for record in known if record["step"] == curve[-1].get("best_step")]
+    return min((record["loss"] for record in kept or known), default=None)
+
+
 def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
     """Move what the logs say about steps after `step`, and the records of that step that are `owed`, to files of their
     own; with step 0, everything. Returns how many lines of the metrics could not be read."""
