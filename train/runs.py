@@ -87,9 +87,17 @@ def _settings(folder: Path) -> dict:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Run folders in and below a folder, in order of their names."""
+    """Run folders in and below a folder, in order of their names; links are followed, and each folder is found once."""
+    found, seen = [], set()
     # Unlike Path.rglob it passes over a folder that a run in training renames meanwhile.
-    yield from sorted(Path(where) for where, _, files in os.walk(folder) if METRICS in files)
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: os.path.islink(os.path.join(where, name)))  # by its own name, if it has one here
+        found += [Path(where)] * (METRICS in files)
+    yield from sorted(found)
 
 
 def table_of(runs: Sequence[RunSummary], root: Path) -> Table:

@@ -270,6 +270,15 @@ def test_metrics_that_cannot_be_read_are_one_line(
         cut_logs(shelf / "a-torch", step=1)
 
 
+def test_runs_behind_links_are_listed_once(shelf: Path) -> None:
+    here = shelf / "runs"
+    here.mkdir()
+    (shelf / "b-flax").rename(here / "b-flax")
+    for name, target in (("a-latest", here / "b-flax"), ("c-scratch", shelf / "a-torch"), ("round", here)):
+        (here / name).symlink_to(target)
+    assert [folder.name for folder in find_runs(here)] == ["b-flax", "c-scratch"]
+
+
 def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saving = shelf / "a-torch" / "checkpoints" / "step_5.partial"
     saving.mkdir(parents=True)
