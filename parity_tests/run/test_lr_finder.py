@@ -62,7 +62,8 @@ def test_a_resumed_run_keeps_the_rate_it_found(tmp_path: Path) -> None:
 
     stage.backend.before_step = stop_in_training
     assert stage.train() == 130
-    assert stage.train(find_lr=True) == 0
+    assert stage.train(find_lr=True, allow_changed_settings=True, learning_rate=1e-4) == 0
+    assert "Warning: --find-lr: the rate stays the" in stage.text and "that was found; leave it out" in stage.text
     assert stage.losses() == straight.losses()
     assert stage.data.given == list(range(6, 15))  # no second sweep
 

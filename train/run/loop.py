@@ -18,6 +18,7 @@ A run folder:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -50,6 +51,8 @@ from train.run.tracing import Tracing
 from train.shell import COMPLETE
 from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
+
+log = logging.getLogger(__name__)
 
 FINAL_WEIGHTS = "deepseek_final"
 
@@ -241,8 +244,7 @@ class Run:
         checkpoint, meta = restore_newest(self.backend, self.run_dir, own, self.options.resume_from)
         try:
             if self.options.find_lr:
-                # The rate that was found when the run began.
-                self._use_learning_rate(float(meta["options"]["learning_rate"]))
+                self._keep_learning_rate(float(meta["options"]["learning_rate"]))
             identity = self.data.identity
             self.changes = changes_since(checkpoint, meta, self.options, self.automatic, identity, self.step)
             self.progress = Progress.stored(meta["progress"])
@@ -288,6 +290,12 @@ class Run:
         self._use_learning_rate(rate)
         if self.writes:
             self._write_settings()
+
+    def _keep_learning_rate(self, found: float) -> None:
+        """The rate that was found when the run began."""
+        if self.options.allow_changed_settings and found != self.options.learning_rate:
+            log.warning("--find-lr: the rate stays the %g that was found; leave it out to change the rate", found)
+        self._use_learning_rate(found)
 
     def _use_learning_rate(self, rate: float) -> None:
         self.options = dataclasses.replace(self.options, learning_rate=rate)
