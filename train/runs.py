@@ -109,7 +109,7 @@ def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
     table.add_column("state")
     for run in runs:
         cells = (
-            str(run.folder.relative_to(root)) if run.folder != root else run.folder.name,
+            str(run.folder.relative_to(root)) if run.folder != root else run.folder.resolve().name,
             run.preset,
             f"{run.step} / {run.steps}" if run.steps else str(run.step),
             _loss(run.loss),

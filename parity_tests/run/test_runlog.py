@@ -270,6 +270,14 @@ def test_metrics_that_cannot_be_read_are_one_line(
         cut_logs(shelf / "a-torch", step=1)
 
 
+def test_the_folder_that_one_is_in_is_listed_by_its_name(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(shelf / "a-torch")
+    assert main(["."]) == 0
+    assert "a-torch" in capsys.readouterr().out
+
+
 def test_runs_behind_links_are_listed_once(shelf: Path) -> None:
     here = shelf / "runs"
     here.mkdir()
