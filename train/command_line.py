@@ -35,12 +35,10 @@ from train.state.source import config_of, locate, settings_of
 def parse(argv: Sequence[str], prog: str) -> Options:
     """Options from the command line, with preset and config file below it. Raises `UserError`; `--help` exits."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    early.add_argument("--config", type=user_path)
-    early.add_argument("--init-from", type=user_path)
-    early.add_argument("--resume-from", type=user_path)
-    early.add_argument("--steps", nargs="?")  # without a value: tyro says what is wrong
-    early.add_argument("--tokens", nargs="?")
+    for name in ("--preset", "--steps", "--tokens"):
+        early.add_argument(name, nargs="?")  # without a value: tyro says what is wrong
+    for name in ("--config", "--init-from", "--resume-from"):
+        early.add_argument(name, nargs="?", type=user_path)
     argv = [hyphenated(word) for word in argv]
     chosen, _ = early.parse_known_args(argv)
     file_values = _read_toml(chosen.config) if chosen.config else {}
@@ -139,7 +137,7 @@ def _checked(values: dict[str, Any], owner: type, source: str) -> dict[str, Any]
             elif hint is Path and type(value) is str:
                 checked[name] = Path(value)
         if name not in checked:
-            expected = " or ".join(getattr(hint, "__name__", None) or str(hint) for hint in _alternatives(hints[name]))
+            expected = " or ".join(map(_in_words, _alternatives(hints[name])))
             raise UserError(f"{source}: {name} = {json.dumps(value, default=str)}: must be {expected}")
     return checked
 
@@ -148,6 +146,15 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union without None, or the one type."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(member for member in members if member is not type(None))
+
+
+def _in_words(hint: Any) -> str:
+    """What a value in TOML must be."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(json.dumps, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"{_in_words(get_args(hint)[0])} or a list of them"
+    return hint.__name__
 
 
 def _parse_flags(argv: Sequence[str], prog: str, values: dict[str, Any]) -> Options:

@@ -13,6 +13,7 @@ main resumes; weights alone become that framework's file of final weights, for `
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -179,7 +180,8 @@ def main(argv: Sequence[str]) -> int:
     if (arguments.target / "checkpoints").is_dir():
         main_module = {"flax": "train.flax_main", "torch": "torch_ref.train"}[arguments.to]
         # Not by its settings.toml: that of an earlier version holds what `auto` chose for the devices it leaves.
-        print(f"Go on with: python -m {main_module} --resume-from {arguments.target} --run-dir {arguments.target}")
+        folder = shlex.quote(str(arguments.target))
+        print(f"Go on with: python -m {main_module} --resume-from {folder} --run-dir {folder}")
     return COMPLETE
 
 

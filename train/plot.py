@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import make_folder, user_path, write_errors
-from train.run.runlog import METRICS, read_metrics, validation_curves
+from train.run.runlog import METRICS, best_loss, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 if TYPE_CHECKING:  # half of the time a command takes to start: imported where something is drawn
@@ -58,7 +58,7 @@ class Curves:
     """By dataset, None for the held-out rows."""
 
     @classmethod
-    def read(cls, run_dir: Path) -> Curves:
+    def read(cls, run_dir: Path, name: str = "") -> Curves:
         records = read_metrics(run_dir)
         steps = [record for record in records if record["kind"] == "step"]
         if not steps:
@@ -68,11 +68,28 @@ class Curves:
         steps = [step for step in steps if DRAWN <= step.keys() and np.shape(step["expert_counts"]) == shape]
         if not steps:
             raise UserError(f"{run_dir}: no step in {METRICS} is whole")
-        return cls(as_label(Path(run_dir).resolve().name), steps, validation_curves(records))
+        return cls(as_label(name), steps, validation_curves(records))
 
     def column(self, name: str) -> Float[np.ndarray, " steps"]:
         """One value of every step; null becomes NaN."""
         return np.array([step[name] for step in self.steps], dtype=float)
+
+
+def values_of(validations: list[dict[str, Any]]) -> Float[np.ndarray, " validations"]:
+    """The losses of a validation curve; null becomes NaN."""
+    return np.array([record.get("loss") for record in validations], dtype=float)
+
+
+def names_of(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of the paths before them as tells them apart."""
+    paths = [Path(run_dir).resolve() for run_dir in run_dirs]
+    names = []
+    for path in paths:
+        parts = 1
+        while any(other != path and other.parts[-parts:] == path.parts[-parts:] for other in paths):
+            parts += 1
+        names.append("/".join(path.parts[-parts:]))
+    return names
 
 
 def as_label(name: str) -> str:
@@ -86,7 +103,7 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    runs = [Curves.read(run_dir) for run_dir in run_dirs]
+    runs = [Curves.read(*run) for run in zip(run_dirs, names_of(run_dirs), strict=True)]
     heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
     heights = [7.2, *(2.2 + 0.12 * len(run.steps[0]["expert_counts"]) for run in heat_maps)]
     with rc_context(STYLE):
@@ -136,8 +153,9 @@ def _draw_loss(axes: Axes, run: Curves, look: dict[str, str]) -> None:
     _draw_noisy(axes, step, loss, look, label=f"{run.name}: training")
     for marker, (dataset, records) in zip(itertools.cycle(MARKERS), run.validations.items(), strict=False):
         at = [record["step"] for record in records]
-        values = np.array([record.get("loss") for record in records], dtype=float)
-        best = "" if np.isnan(values).all() else f", best {np.nanmin(values):.3f}"
+        values = values_of(records)
+        kept = best_loss(records)
+        best = "" if kept is None else f", best {kept:.3f}"
         axes.plot(
             at,
             values,
@@ -184,12 +202,14 @@ def running_mean(values: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " ste
 
 
 def _loss_limits(runs: list[Curves]) -> tuple[float, float]:
-    """All of the curves but the spikes."""
-    losses = np.concatenate([run.column("loss") for run in runs])
-    losses = losses[np.isfinite(losses)]
-    if not len(losses):
+    """All of the curves, those of validation too, but the spikes: what is a tenth above the highest first value."""
+    curves = [run.column("loss") for run in runs]
+    curves += [values_of(records) for run in runs for records in run.validations.values()]
+    curves = [finite for curve in curves if len(finite := curve[np.isfinite(curve)])]
+    if not curves:
         return 0.0, 1.0
-    low, high = losses.min(), min(losses.max(), losses[0] * 1.1)
+    losses = np.concatenate(curves)
+    low, high = losses.min(), min(losses.max(), 1.1 * max(curve[0] for curve in curves))
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 

@@ -19,7 +19,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
 from train.run.guard import is_held
 from train.run.overview import size_in_words
-from train.run.runlog import METRICS, PatientConsole, read_metrics, validation_curves
+from train.run.runlog import LONGEST_LINE, METRICS, PatientConsole, best_loss, read_metrics, validation_curves
 from train.shell import COMPLETE, shell
 
 
@@ -47,7 +47,6 @@ def summarize(folder: Path) -> RunSummary:
     steps = [record for record in records if record["kind"] == "step"]
     last = steps[-1] if steps else {"step": 0}
     judged = next(iter(validation_curves(records).values()), [])
-    validations = [record["loss"] for record in judged if record.get("loss") is not None]
     settings = _settings(folder)
     phases = [settings.get(name) for name in ("steps", "extended_steps")]
     planned = sum(phases) if all(isinstance(steps, int) for steps in phases) else None
@@ -58,7 +57,7 @@ def summarize(folder: Path) -> RunSummary:
         step=last["step"],
         steps=planned,
         loss=last.get("loss"),
-        best_validation=min(validations, default=None),
+        best_validation=best_loss(judged),
         tokens_seen=last.get("tokens_seen") or 0,
         size=size_of(folder),
         state="running" if is_training(folder) else ended,
@@ -88,9 +87,17 @@ def _settings(folder: Path) -> dict:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Run folders in and below a folder, in order of their names."""
+    """Run folders in and below a folder, in order of their names; links are followed, and each folder is found once."""
+    found, seen = [], set()
     # Unlike Path.rglob it passes over a folder that a run in training renames meanwhile.
-    yield from sorted(Path(where) for where, _, files in os.walk(folder) if METRICS in files)
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort(key=lambda name: os.path.islink(os.path.join(where, name)))  # by its own name, if it has one here
+        found += [Path(where)] * (METRICS in files)
+    yield from sorted(found)
 
 
 def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
@@ -102,7 +109,7 @@ def table_of(runs: Sequence[RunSummary], root: Path) -> Table:
     table.add_column("state")
     for run in runs:
         cells = (
-            str(run.folder.relative_to(root)) if run.folder != root else run.folder.name,
+            str(run.folder.relative_to(root)) if run.folder != root else run.folder.resolve().name,
             run.preset,
             f"{run.step} / {run.steps}" if run.steps else str(run.step),
             _loss(run.loss),
@@ -130,8 +137,8 @@ def main(argv: Sequence[str]) -> int:
     if not runs:
         raise UserError(f"{folder}: no run in it or below it")
     console = PatientConsole()
-    # Piped into a file or another program, lines must not be folded to a terminal's width.
-    console.print(table_of(runs, folder), width=None if console.is_terminal else 160)
+    console.width = LONGEST_LINE  # a terminal folds what is longer; rich would cut words short, such as the state
+    console.print(table_of(runs, folder))
     return COMPLETE
 
 

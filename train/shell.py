@@ -1,12 +1,14 @@
 """What is around every command: its flags, and what its mistakes look like.
 
 A mistake of the user's is one line on standard error and exit code 2, never a traceback; Ctrl-C is 130; a reader of the
-output that goes away (`| head`) is 141. A character that a terminal cannot show is written as an escape.
+output that goes away (`| head`) is 141. A character that a terminal cannot show is written as an escape. Standard
+streams that are closed, or whose disk is full, are no reason for a traceback either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -29,13 +31,16 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """The `main` of a command: takes the arguments (by default the process's) and returns the exit code."""
 
     def main(argv: Sequence[str] | None = None) -> int:
+        open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             write_any_character(stream)
         try:
             given = list(sys.argv[1:] if argv is None else argv)
             for before, word in zip([None, *given], given, strict=False):
                 unicode_text(word, before if before and before.startswith("-") else "command line")
-            return command(given)
+            code = command(given)
+            sys.stdout.flush()  # Python would do it when it ends, and not know what to do about a failure
+            return code
         except (UserError, SpecificationError) as error:
             print("error:", *str(error).splitlines(), file=sys.stderr)
             return FAILED
@@ -46,6 +51,12 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except BrokenPipeError:
             forget_output()
             return UNREAD
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            forget_output()  # whatever else is written is so by `write_errors`
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            return FAILED
 
     return functools.update_wrapper(main, command, updated=()) if hasattr(command, "__name__") else main
 
@@ -93,6 +104,14 @@ def unicode_text(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{what}: not UTF-8 text, at character {error.start + 1}") from None
     return text
+
+
+def open_closed_streams() -> None:
+    """Standard streams that are closed from the start (`>&-`) lead nowhere from here on. Python has None for them, and
+    the next file that is opened would get their number, to which libraries write."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def write_any_character(stream: TextIO) -> None:

@@ -57,6 +57,35 @@ def test_one_run_and_several(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert inked(first / "plot.png") > 0.2
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / "a" / "seed" / "run", tmp_path / "b" / "seed" / "run", tmp_path / "b" / "other"]
+    for folder in folders:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_run(folder)
+    monkeypatch.chdir(folders[0])
+    labels: list[str] = []
+    monkeypatch.setattr(Axes, "legend", lambda axes, **_: labels.extend(axes.get_legend_handles_labels()[1]))
+    plot_runs([Path(), *folders[1:]], tmp_path / "plot.png")
+    names = [label.removesuffix(": training") for label in labels if label.endswith(": training")]
+    assert names == ["a/seed/run", "b/seed/run", "other"]
+
+
+def test_the_whole_of_each_loss_curve_is_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of validation on other text, which may be far from the training's, and of a run that began with a higher loss;
+    but not of a spike."""
+    late, early = write_run(tmp_path / "late", scale=0.5), write_run(tmp_path / "early")
+    others = [("hard", 4, 14.0), ("hard", 8, 12.0), ("easy", 4, 0.5), ("easy", 8, 0.25), ("hard", 12, 1e6)]
+    with open(late / "metrics.jsonl", "a") as file:
+        for name, step, loss in others:
+            file.write(json.dumps({"kind": "validation", "dataset": name, "step": step, "loss": loss}) + "\n")
+    limits: list[tuple[float, float]] = []
+    keep = Axes.set
+    monkeypatch.setattr(Axes, "set", lambda axes, **to: (limits.append(to.get("ylim")), keep(axes, **to)))
+    plot_runs([late, early], tmp_path / "plot.png")
+    low, high = limits[0]
+    assert low < 0.25 and 14 < high < 20
+
+
 def test_each_validation_dataset_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
     records = [{"kind": "validation", "dataset": "news", "step": step, "loss": 0.1 * step} for step in (10, 20)]

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from train.data.feed import Validation
 from train.plot import plot_runs
 from train.run.options import Options
-from train.run.overview import disk_estimate
+from train.run.overview import checkpoint_space, disk_estimate
 from train.run.progress import Progress
 from train.run.runlog import RunLog, read_metrics, validation_curves
 from train.run.scoring import fixed_size_parts
@@ -133,7 +134,7 @@ def test_a_run_that_nobody_reads_any_more_saves_and_goes_on(
 
     def unread(log: RunLog, values: dict, line: str) -> None:
         said(log, values, line)
-        log.unread = values["step"] == 7
+        log.unread = "is not read any more" if values["step"] == 7 else ""
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "step", unread)
@@ -514,6 +515,15 @@ def test_disk_estimate(tmp_path: Path) -> None:
     )
     kept = disk_estimate(small_options(keep_checkpoints=1), tmp_path)
     assert kept.startswith("Disk: 2 checkpoints") and "the best one" in kept and "Warning" not in kept
+
+
+def test_the_disk_estimate_of_a_long_run_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        assert checkpoint_space(Options(steps=1_000_001, checkpoint_interval=2)).count == 500_052
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_disk_estimate_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

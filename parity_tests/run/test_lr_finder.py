@@ -38,6 +38,7 @@ def test_it_leaves_no_trace_and_training_uses_the_rate(tmp_path: Path) -> None:
     assert stage.train() == 0
     found = float(stage.text.split("suggests --learning-rate ")[1].split(",")[0])
     assert found != stage.options.learning_rate
+    assert f"learning rate up to {found:g}\n" in stage.text and stage.text.count("learning rate up to") == 1
     assert (stage.run_dir / "lr_finder.png").stat().st_size > 10_000
     assert f"learning_rate = {found}" in (stage.run_dir / "settings.toml").read_text()
 
@@ -61,7 +62,8 @@ def test_a_resumed_run_keeps_the_rate_it_found(tmp_path: Path) -> None:
 
     stage.backend.before_step = stop_in_training
     assert stage.train() == 130
-    assert stage.train(find_lr=True) == 0
+    assert stage.train(find_lr=True, allow_changed_settings=True, learning_rate=1e-4) == 0
+    assert "Warning: --find-lr: the rate stays the" in stage.text and "that was found; leave it out" in stage.text
     assert stage.losses() == straight.losses()
     assert stage.data.given == list(range(6, 15))  # no second sweep
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import types
@@ -18,7 +19,9 @@ from filelock import FileLock
 from rich.console import Console
 
 from parity_tests.support.fakes import small_options
+from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import UserError
+from train.plot import plot_runs
 from train.run.board import Board
 from train.run.guard import HOLDER, LOCK
 from train.run.runlog import PatientConsole, RunLog, cut_logs, read_metrics, step_line
@@ -209,6 +212,42 @@ def test_the_list_of_runs(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == f"error: {shelf / 'nothing'}: no run in it or below it\n"
 
 
+def test_the_best_loss_is_that_of_the_state_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By `--min-delta` a lower one need not be better: the run's last line, the list and the legend say the same."""
+    legends: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.legend", lambda axes, **_: legends.extend(axes.get_legend_handles_labels()[1])
+    )
+    stage = Stage(tmp_path, small_options(min_delta=0.5, eval_interval=5))
+    stage.backend.validation_losses = {5: 2.0, 10: 1.75, 15: 1.6}.get
+    assert stage.train() == 0
+    said = re.search(r"best validation loss ([\d.]+) at step", stage.text)[1]
+    assert min(record["loss"] for record in stage.records("validation")) < float(said)
+    assert f"{summarize(stage.run_dir).best_validation:.4f}" == said
+    plot_runs([stage.run_dir], tmp_path / "plot.png")
+    assert [label for label in legends if "validation" in label][0].endswith(f", best {float(said):.3f}")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_is_listed_in_a_line_whatever_the_width(
+    terminal: bool, shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "/".join(["a-long-name-of-a-folder"] * 5)
+    (shelf / name).parent.mkdir(parents=True)
+    (shelf / "b-flax").rename(shelf / name)
+    assert main([str(shelf)]) == 0
+    shown = capsys.readouterr().out
+    runs = [line.split() for line in shown.splitlines()[3:-1]]
+    assert sorted((run[0], run[-1]) for run in runs) == [(name, "stopped"), ("a-torch", "complete")]
+    assert terminal or "\x1b" not in shown  # FORCE_COLOR or not: it may be a file
+
+
 def test_brackets_in_a_runs_name_are_listed(shelf: Path, capsys: pytest.CaptureFixture) -> None:
     (shelf / "x[").mkdir()
     (shelf / "a-torch").rename(shelf / "x[" / "y]")
@@ -231,6 +270,23 @@ def test_metrics_that_cannot_be_read_are_one_line(
         cut_logs(shelf / "a-torch", step=1)
 
 
+def test_the_folder_that_one_is_in_is_listed_by_its_name(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(shelf / "a-torch")
+    assert main(["."]) == 0
+    assert "a-torch" in capsys.readouterr().out
+
+
+def test_runs_behind_links_are_listed_once(shelf: Path) -> None:
+    here = shelf / "runs"
+    here.mkdir()
+    (shelf / "b-flax").rename(here / "b-flax")
+    for name, target in (("a-latest", here / "b-flax"), ("c-scratch", shelf / "a-torch"), ("round", here)):
+        (here / name).symlink_to(target)
+    assert [folder.name for folder in find_runs(here)] == ["b-flax", "c-scratch"]
+
+
 def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saving = shelf / "a-torch" / "checkpoints" / "step_5.partial"
     saving.mkdir(parents=True)
@@ -245,16 +301,25 @@ def test_what_a_run_renames_meanwhile_is_passed_over(shelf: Path, monkeypatch: p
     assert [summarize(folder).state for folder in find_runs(shelf)] == ["complete", "stopped"]
 
 
-def test_a_reader_that_goes_away_is_noted_and_the_logs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (BrokenPipeError(), "is not read any more"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written (No space left on device)"),
+    ],
+)
+def test_output_that_cannot_be_written_is_noted_and_the_logs_go_on(
+    error: OSError, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("train.run.runlog.forget_output", lambda: None)  # here it is pytest's
 
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
     with RunLog(tmp_path, 0, small_options(), console=PatientConsole(file=Closed())) as log:
         log.say("first")
-        assert log.unread
+        assert log.unread == why
         log.say("second")
     assert (tmp_path / "training.logs").read_text() == "first\nsecond\n"
 

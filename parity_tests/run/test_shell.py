@@ -118,6 +118,49 @@ def test_a_closed_pipe_ends_a_command_quietly(tmp_path):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_the_output_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    command = [sys.executable, "-m", "train.runs", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE)
+    said = b"error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's way to close a stream")
+def test_a_stream_that_is_closed_from_the_start_is_no_files(tmp_path):
+    program = """
+import os, sys
+from train.shell import shell
+
+@shell
+def main(argv):
+    print("unheard", sys.stdin.read(), sys.stdout.isatty())
+    with open(argv[0], "wb"):
+        os.write(1, b"of a library")
+        os.write(2, b"of a library")
+    return 7
+
+sys.exit(main())
+"""
+    file = tmp_path / "file"
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program, str(file)]
+    assert subprocess.run(closed, cwd=REPOSITORY).returncode == 7
+    assert file.read_bytes() == b""
+
+
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
+    """The folder stands for a torch whose import is interrupted after some of its parts."""
+    (tmp_path / "torch").mkdir()
+    interrupted = "import sys\nsys.modules['torch.distributed'] = sys\nraise KeyboardInterrupt"
+    (tmp_path / "torch" / "__init__.py").write_text(interrupted)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-m", "torch_ref.train", "--preset", "tiny", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted; what was not saved is lost.\n")
+
+
 # ------------------------------------------------------------------------------------------- one process a run folder
 
 

@@ -106,6 +106,7 @@ class Run:
             try:
                 if self.options.find_lr and self.step == 0:
                     self.adopt_learning_rate()
+                self._announce_phase()  # with the rate that was found
                 traced = self.options.profiled() if self.writes else range(0)
                 tracing = Tracing(self.backend, self.run_dir / "profile", traced, self.log.say)
                 with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
@@ -122,7 +123,7 @@ class Run:
                         if self.due(self.options.sample_interval):
                             self.progress.owed.append("sample")
                         self.pay_what_is_owed()
-                        self.together.agree(self.log.unread)
+                        self.together.agree(bool(self.log.unread))
                         # Either writes the step's checkpoint itself, once: Flax removes one before it writes it anew.
                         if self.progress.skipped_in_a_row >= self.options.max_skipped_steps:
                             return self.stop_diverged()
@@ -132,7 +133,7 @@ class Run:
                         if self.save_due:
                             self.save()
                         if self.together.wishes.unread:
-                            return self.stop_interrupted(CLOSED_PIPE, "since its output is not read any more")
+                            return self.stop_interrupted(CLOSED_PIPE, f"since its output {self.log.unread}")
                         if self.together.stop_number and not self.finished:
                             return self.stop_interrupted(self.together.stop_number)
                         if self.together.wishes.no_data and not self.finished:
@@ -211,7 +212,6 @@ class Run:
             self.log.warn(f"changed since the checkpoint: {change}")
         self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
         self.log.say(self.origin.said)
-        self._announce_phase()
 
     def _write_settings(self) -> None:
         """What `auto` chose for this device stays `auto`: the file may be read on another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from train.run.progress import Progress
 from train.run.together import require_same
 from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def _at_checkpoint(
     step = backend.steps_done
     try:
         if options.find_lr:
-            options = dataclasses.replace(options, learning_rate=float(meta["options"]["learning_rate"]))
+            options = _with_the_rate_found(options, float(meta["options"]["learning_rate"]))
         changes = changes_since(checkpoint, meta, options, automatic, data.identity, step)
         progress = Progress.stored(meta["progress"])
         before, now = meta.get("judged_by"), data.judged_by
@@ -82,3 +85,10 @@ def _at_checkpoint(
     said = f"Resuming from {checkpoint} at step {step}{passed_over}"
     saved_step = step if checkpoint in [path for _, path in own] else None
     return Origin(said, options.learning_rate, progress, saved_step, changes, passed_over)
+
+
+def _with_the_rate_found(options: Options, found: float) -> Options:
+    """The options with the learning rate that `--find-lr` found when the run began."""
+    if options.allow_changed_settings and found != options.learning_rate:
+        log.warning("--find-lr: the rate stays the %g that was found; leave it out to change the rate", found)
+    return dataclasses.replace(options, learning_rate=found)

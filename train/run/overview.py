@@ -53,9 +53,10 @@ class CheckpointSpace(NamedTuple):
 
 def checkpoint_space(options: Options) -> CheckpointSpace:
     """Weights and two moments for each checkpoint that the settings ask for."""
-    boundaries = {*range(0, options.total_steps, options.checkpoint_interval), options.steps, options.total_steps}
-    boundaries |= {options.stable_steps or 0}
-    checkpoints = len(boundaries - {0})
+    interval, last = options.checkpoint_interval, options.total_steps
+    ends = {options.steps, options.stable_steps or last, last}
+    besides = {step for step in ends if step % interval or step == last}
+    checkpoints = (last - 1) // interval + len(besides)
     if options.keep_checkpoints:
         # The oldest one goes when the new one is whole.
         kept = options.keep_checkpoints + (options.stable_steps is not None)

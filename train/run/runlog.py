@@ -8,6 +8,7 @@ cut goes to `training.cut.logs` and `metrics.cut.jsonl`.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ BOARD = "tensorboard"
 WANDB_ID = "wandb_id"
 """File with the name by which Weights & Biases knows a run."""
 RULE = "=" * 50
+LONGEST_LINE = 1000
+"""Characters of a line, such as one of a table, where there is no terminal's width."""
 LOGGERS = ("train", "torch_ref", "flax_model")
 """Python loggers whose messages belong in the story: bad rows, retries, fallbacks."""
 
@@ -81,10 +84,9 @@ class RunLog:
         self, run_dir: Path, step: int, options: Options, owed: Sequence[str] = (), console: Console | None = None
     ) -> None:
         unreadable = cut_logs(run_dir, step, owed)
-        # What is no terminal gets no colours and no bar, whatever FORCE_COLOR says: it may be a file.
-        self.console = console or PatientConsole(force_terminal=None if sys.stdout.isatty() else False)
-        self.unread = False
-        """Whether the console's reader has gone away."""
+        self.console = console or PatientConsole()
+        self.unread = ""
+        """Why the console cannot be written to any more: most often its reader has gone away."""
         self._text = _open(run_dir / TEXT_LOG)
         self._metrics = _open(run_dir / METRICS)
         self._board = Board(run_dir / BOARD, step) if options.tensorboard else None
@@ -121,8 +123,9 @@ class RunLog:
         try:
             if not self.unread:
                 console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        except OSError:  # a pipe or a terminal that is closed
-            self.unread = True
+        except OSError as error:
+            closed = error.errno in (None, errno.EPIPE, errno.EIO)  # a pipe or a terminal
+            self.unread = "is not read any more" if closed else f"cannot be written ({error.strerror})"
             forget_output()
         _write(self._text, text)
 
@@ -183,7 +186,7 @@ class SilentLog(RunLog):
     """Of a process that does not write: nothing is said anywhere."""
 
     def __init__(self) -> None:
-        self.unread = False
+        self.unread = ""
         self._bar = None
 
     def __exit__(self, *_: object) -> None:
@@ -200,7 +203,14 @@ class SilentLog(RunLog):
 
 
 class PatientConsole(Console):
-    """rich ends the process when its reader goes away; here the run is saved first."""
+    """rich ends the process when its reader goes away; here the run is saved first. What is no terminal gets no
+    colours and no bar, whatever FORCE_COLOR says, and long lines stay whole: it may be a file."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        is_terminal = (file or sys.stdout).isatty()
+        super().__init__(
+            file=file, force_terminal=None if is_terminal else False, width=None if is_terminal else LONGEST_LINE
+        )
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -337,6 +347,14 @@ def validation_curves(records: list[dict[str, Any]]) -> dict[str | None, list[di
         if record["kind"] == "validation":
             curves.setdefault(record.get("dataset"), []).append(record)
     return dict(sorted(curves.items(), key=lambda curve: curve[0] is not None))
+
+
+def best_loss(curve: list[dict[str, Any]]) -> float | None:
+    """The validation loss of the state that was kept as the best one, which the last record names by its step: by
+    `--min-delta` it need not be the lowest. That is taken of a curve that decides nothing, or does not reach back."""
+    known = [record for record in curve if record.get("loss") is not None]
+    kept = [record for record in known if record["step"] == curve[-1].get("best_step")]
+    return min((record["loss"] for record in kept or known), default=None)
 
 
 def cut_logs(run_dir: Path, step: int, owed: Sequence[str] = ()) -> int:
