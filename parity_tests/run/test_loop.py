@@ -272,6 +272,13 @@ def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:
     assert stage.data.given == [15]
 
 
+def test_a_run_goes_on_from_the_best_state_of_another(straight: Stage, stage: Stage) -> None:
+    """The validation that found it is neither done nor counted again."""
+    assert stage.train(resume_from=straight.run_dir / "best" / "step_4.npz") == COMPLETE
+    told = [(record["step"], record["stale_validations"]) for record in stage.records("validation")]
+    assert told == [(8, 1), (12, 2), (15, 3)]
+
+
 def test_a_checkpoint_that_is_not_gone_on_from_is_named(
     straight: Stage, stage: Stage, capsys: pytest.CaptureFixture
 ) -> None:
@@ -293,6 +300,7 @@ def test_a_run_that_ends_without_a_step_ends_as_it_does(
     assert stage.train(resume_from=newest) == COMPLETE
     assert "The run is complete: 15 steps" in stage.text and (stage.run_dir / "deepseek_final.npy").exists()
     assert stage.losses() == [] and "no step has been logged yet" in stage.text
+    assert stage.files("checkpoints") == ["step_final_15.npz"], "the folder has all that it goes on from"
 
 
 def test_a_state_is_the_best_by_the_same_rows(stage: Stage) -> None:
