@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, batch, make_backend, schedule
-from torch_ref.spec.checkpoint import DamagedCheckpoint
+from torch_ref.spec.checkpoint import DamagedCheckpoint, make_contents, require_contents, require_seal, seal
 from torch_ref.spec.huggingface import SIDECAR
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import parameter_table
@@ -251,6 +251,19 @@ def test_a_checkpoint_of_before_is_restored_and_the_log_says_what_is_not_checked
     assert "step_1: written by a version without checksums; damage of its arrays would not be noticed" in caplog.text
     weights = open_state(locate(path)).weights
     np.testing.assert_array_equal(weights["norm.weight"], expected["weights norm.weight"])
+
+
+def test_half_a_seal_is_damage_and_another_format_is_refused(tmp_path):
+    contents = make_contents("flax", CONFIG, 1, 1, {})
+    sealed = seal(contents, [("norm.weight", np.zeros(3))])
+    require_seal(contents, tmp_path), require_seal(sealed, tmp_path)
+    for gone in ("checksum", "checksums"):
+        with pytest.raises(DamagedCheckpoint, match="its contents differ from their checksum"):
+            require_seal({name: value for name, value in sealed.items() if name != gone}, tmp_path)
+    require_contents(sealed, "flax", tmp_path)
+    for other in (None, 0, 2):
+        with pytest.raises(UserError, match=f"checkpoint format {other}, this version reads 1"):
+            require_contents(sealed | {"format": other}, "flax", tmp_path)
 
 
 def test_objects_that_are_no_tensors_are_not_unpickled(tmp_path):
