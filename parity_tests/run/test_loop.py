@@ -18,6 +18,7 @@ from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from train.data.feed import Validation
 from train.plot import plot_runs
+from train.run.changes import changes_since
 from train.run.options import Options
 from train.run.overview import disk_estimate
 from train.run.progress import Progress
@@ -241,6 +242,19 @@ def test_a_change_of_trajectory_is_refused_by_name(straight: Stage, change: dict
     assert f"Warning: changed since the checkpoint: {named}" in straight.text
 
 
+def test_what_auto_chose_on_another_device_is_no_change(tmp_path: Path) -> None:
+    """Only of another dtype it is told. Versions that did not note what was `auto` are taken to have meant it so."""
+    meta = {"options": json.loads(json.dumps(small_options().to_dict())), "data": {}}
+    here = small_options(dtype="bfloat16", remat="layers")
+
+    def changes(**more: object) -> list[str]:
+        return changes_since(tmp_path / "step_5", meta | more, here, ["dtype", "remat"], {}, 5)
+
+    assert changes() == changes(automatic=["dtype", "remat"]) == ["--dtype auto was float32, now bfloat16"]
+    with pytest.raises(UserError, match="--dtype was float32, now bfloat16: that would change the run"):
+        changes(automatic=["remat"])
+
+
 def test_harmless_changes_are_not_refused(straight: Stage) -> None:
     changes = {"checkpoint_interval": 3, "eval_interval": 2, "micro_batch_size": 1, "remat": "layers", "patience": 9}
     assert straight.train(extended_steps=4, **changes) == COMPLETE
@@ -258,9 +272,11 @@ def test_other_data_is_refused_and_other_versions_are_named(straight: Stage) -> 
 
 
 def test_going_back_to_an_older_checkpoint_is_refused(straight: Stage) -> None:
-    older = straight.run_dir / "checkpoints" / "step_5.npz"
-    with pytest.raises(UserError, match="holds later steps, up to 15"):
-        straight.train(resume_from=older)
+    checkpoints = straight.run_dir / "checkpoints"
+    newest_but_one = checkpoints / "step_12.npz"
+    for older in (checkpoints / "step_5.npz", newest_but_one, Path(os.path.relpath(newest_but_one))):
+        with pytest.raises(UserError, match="holds later steps, up to 15"):
+            straight.train(resume_from=older)
 
 
 def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:

@@ -99,6 +99,21 @@ def test_logs_are_cut_back(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [*range(3, 13), 12, 1, 2, 2]
 
 
+def test_what_is_logged_is_there_at_once_and_a_log_is_cut_as_a_whole(tmp_path: Path) -> None:
+    """A process that is killed takes no line with it, not even while it cuts a log."""
+    with RunLog(tmp_path, 0, small_options()) as log:
+        for step in (1, 2):
+            log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1, 1e9, None, None))
+        logged = {name: (tmp_path / name).read_text() for name in ("metrics.jsonl", "training.logs")}
+    assert all(text.count("\n") == 2 for text in logged.values())
+    for name in logged:
+        os.link(tmp_path / name, tmp_path / f"{name} before")
+    cut_logs(tmp_path, 1)
+    for name, text in logged.items():
+        assert (tmp_path / name).read_text() == text.splitlines(keepends=True)[0]
+        assert (tmp_path / f"{name} before").read_text() == text, "another file has taken its name"
+
+
 def test_no_record_is_written_into_a_line_that_was_cut_short(tmp_path: Path) -> None:
     """A crash may have left a record whole but for the end of its line."""
     with RunLog(tmp_path, 0, small_options()) as log:

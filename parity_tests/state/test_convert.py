@@ -321,8 +321,10 @@ def test_conflicts_are_named(tmp_path):
     with pytest.raises(UserError, match="num_layers = 2, this run has 3"):
         read_start(tmp_path / "state", dataclasses.replace(CONFIG, num_layers=3))
     pytest.importorskip("torch")
-    with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
-        load_checkpoint(make_backend("torch"), tmp_path / "state")
+    write_state(tmp_path / "of a run", TrainingState(CONFIG, weights, meta=META))
+    for folder in ("state", "of a run"):
+        with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
+            load_checkpoint(make_backend("torch"), tmp_path / folder)
 
 
 def test_init_from_brings_the_model_sizes(tmp_path):
