@@ -424,6 +424,8 @@ def test_a_loss_that_is_not_finite_is_never_best(first: float) -> None:
     assert not progress.validated(1, first, 0.0) and progress.stale_validations == 1
     assert progress.validated(2, 5.0, 0.0) and progress.best_step == 2
     assert not progress.validated(3, first, 0.0) and progress.best_loss == 5.0
+    progress.forget_best()
+    assert progress == Progress(), "nor does a count of other rows' losses stop the run"
 
 
 def test_a_broken_step_changes_nothing_but_its_place(stage: Stage, straight: Stage) -> None:
