@@ -331,6 +331,26 @@ def test_identity_names_what_differs(tmp_path):
         assert severity == "refuse" and message.startswith(f"held_out: {said}")
     (other,) = compare_identity(old, {**old, "text_field": "content"})
     assert other == ("refuse", "text_field was text, is content")
+    # Runs begun before text files were whole documents say nothing of how they were cut.
+    assert compare_identity(old, {**old, "text_files": "cut at 8192 bytes"}) == []
+    assert compare_identity(old, {**old, "text_files": "whole"}) == [
+        ("refuse", "text_files was cut at 8192 bytes, is whole")
+    ]
+
+
+@pytest.mark.parametrize("place", [0, -1, None])
+def test_a_large_file_is_known_by_its_size_its_start_and_its_end(place, tmp_path):
+    """Its middle is not read: that takes long, of hundreds of gigabytes."""
+    content = bytearray(b"text\n" * 50_000)
+    (tmp_path / "a.txt").write_bytes(content)
+    before = FileSource(str(tmp_path)).identity
+    if place is None:
+        content[70_000:70_000] = b"more\n"
+    else:
+        content[place] ^= 1
+    (tmp_path / "a.txt").write_bytes(content)
+    ((severity, message),) = compare_identity(before, FileSource(str(tmp_path)).identity)
+    assert severity == "refuse" and message.startswith("files: a.txt was 250000 bytes, ")
 
 
 def test_reading_imports_no_framework(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from parity_tests.support.data import make_texts, write_json_lines, write_parquet, write_tokenizer
 from torch_ref.spec.interface import IGNORE, UserError
 from train.data.corpus import compare_identity
-from train.data.feed import open_data
+from train.data.feed import Kept, open_data
 from train.data.options import HELD_OUT, DataOptions
 
 TEXTS = {"a": make_texts(90, seed=1), "b": make_texts(25, seed=2), "c": make_texts(40, seed=3)}
@@ -135,6 +135,13 @@ def test_a_run_of_one_dataset_is_what_it_always_was(options, tmp_path):
     assert listed.identity == data.identity and same(take(listed, 3), take(data, 3))
 
 
+def test_a_revision_is_kept_for_its_own_dataset_alone():
+    one, two = Kept("a", "r"), Kept(["a", "b"], ["r", None])
+    assert [one.revision_of(0, "a"), one.revision_of(0, "b"), one.revision_of(1, "a")] == ["r", None, None]
+    assert [two.revision_of(0, "a"), two.revision_of(1, "b"), two.revision_of(1, "a")] == ["r", None, None]
+    assert Kept().revision_of(0, "a") is None
+
+
 def test_a_bad_row_of_each_dataset_is_counted(options, tmp_path, caplog):
     for name in "xy":
         (tmp_path / name).mkdir()
@@ -202,6 +209,11 @@ def test_validation_datasets_may_change_and_it_is_told(with_validation, tmp_path
     third = open_data(more, tmp_path / "run", resume=True)
     assert not [note for note in third.notes if "is not what it was" in note]
     assert same(take(first, 5), take(third, 5))
+    # What was kept of one stays while the run goes on without it.
+    open_data(dataclasses.replace(more, validation_dataset=more.validation_dataset[:1]), tmp_path / "run", resume=True)
+    (tmp_path / "book.txt").write_text("a third book")
+    fourth = open_data(more, tmp_path / "run", resume=True)
+    assert sum("is not what it was" in note for note in fourth.notes) == 2
 
 
 def test_training_on_a_validation_document_is_told_once(with_validation, tmp_path, caplog):

@@ -264,6 +264,9 @@ def test_a_run_that_goes_on_from_another_takes_its_data_along(tmp_path):
     other.mkdir()
     (other / "data.json").write_text("{}")  # of a start that was refused
     assert take_along(run, other) and not take_along(tmp_path, tmp_path / "third")
+    files = {"data.json", "python-docs.jsonl", "tokenizer.json", "tokenizer_config.json", "validation.npz"}
+    assert {file.name for file in run.iterdir()} == {file.name for file in other.iterdir()} == files
+    assert all((other / name).read_bytes() == (run / name).read_bytes() for name in files)
     second = open_data(options, other, resume=True)
     assert compare_identity(first.identity, second.identity) == []
     assert hashes(take(second, 2, straight[3].cursor)) == hashes(straight[4:])
@@ -290,11 +293,27 @@ def test_what_judges_a_state_is_told_by_its_rows(make_data):
     assert make_data(validation_rows=0).judged_by is None
 
 
-def test_a_changed_bound_makes_new_validation_rows(make_data, tmp_path):
+def test_validation_rows_are_made_anew_where_what_they_are_made_of_changes(make_data, tmp_path):
+    """A run may go on with it, if it was told to (`--allow-changed-settings`)."""
+    options, run = make_data().options, tmp_path / "run"
+    others = str(write_json_lines(tmp_path / "others", make_texts(60, seed=5)))
+    for number, change in enumerate(({"validation_rows": 2}, {"seq_len": 16}, {"dataset": others})):
+        changed = dataclasses.replace(options, **change)
+        before, after, anew = (
+            open_data(*arguments).validation.inputs
+            for arguments in ((options, run), (changed, run, True), (changed, tmp_path / str(number)))
+        )
+        np.testing.assert_array_equal(after, anew)
+        assert not np.array_equal(after, before)
+
+
+def test_what_a_run_keeps_of_its_data_may_be_gone_or_of_another_tokenizer(make_data, tmp_path):
     options = make_data().options
-    assert len(open_data(options, tmp_path).validation.inputs) > 2
-    less = dataclasses.replace(options, validation_rows=2)
-    assert len(open_data(less, tmp_path, resume=True).validation.inputs) <= 2
+    first = open_data(options, tmp_path)
+    (tmp_path / "data.json").unlink()
+    assert open_data(options, tmp_path, resume=True).identity == first.identity, "by the rules of now, as it began"
+    other = open_data(dataclasses.replace(options, tokenizer="bpe"), tmp_path, resume=True)
+    assert [said.split()[0] for _, said in compare_identity(first.identity, other.identity)] == ["tokenizer"]
 
 
 def test_a_corpus_without_documents_is_refused(make_data, tmp_path):

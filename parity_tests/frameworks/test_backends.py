@@ -215,15 +215,26 @@ def test_same_seed_and_batches_give_the_same_bits(backend):
 
 
 def test_snapshot_brings_everything_back_as_often_as_asked(backend):
-    backend.step(*batch(0))
+    inputs, targets = batch(0)
+    backend.step(inputs, targets)
+    backend.step(inputs, np.full_like(targets, IGNORE))  # updates nothing: fewer updates than steps
     snapshot, before = backend.snapshot(), arrays(backend.state())
     backend.set_schedule(lambda step: 0.1)
     for _ in range(2):
         assert backend.step(*batch(1)).learning_rate == 0.1
-        assert backend.steps_done == 2
+        assert backend.steps_done == 3
         backend.rollback(snapshot)
-        assert backend.steps_done == 1
+        assert (backend.steps_done, backend.state().updates) == (2, 1)
         assert_same(arrays(backend.state()), before)
+
+
+def test_an_array_of_a_state_stays_what_it_was(backend):
+    """A step overwrites the memory that it is read from."""
+    state = backend.state()
+    held = [values["norm.weight"] for values in (state.weights, state.first_moment, state.second_moment)]
+    before = [array.copy() for array in held]
+    backend.step(*batch(0))
+    np.testing.assert_array_equal(held, before)
 
 
 def test_snapshot_without_room_is_refused(backend, monkeypatch):

@@ -307,6 +307,18 @@ def test_process_killed_while_saving_leaves_the_latest_checkpoint_whole(backend,
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_killed_save_left_behind_goes_with_the_next_one(backend, tmp_path):
+    """It may be as large as a checkpoint."""
+    for number in (5, 9):
+        if backend.framework == "torch":
+            (tmp_path / f"step_{number}.pt.partial").write_bytes(b"PK")
+        else:
+            (tmp_path / f"step_{number}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    path = backend.save(tmp_path, "step_1", META)
+    backend.wait()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_folder_that_cannot_be_made_is_named(backend, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file.*cannot be made .*; choose another place"):

@@ -83,6 +83,9 @@ def test_checkpoints_that_were_set_aside_are_not_taken_for_a_fresh_folder(stage:
     path.rename(path.with_name("step_5.npz.damaged"))
     with pytest.raises(UserError, match="no checkpoint is whole .step_5.npz.damaged was set aside"):
         stage.train()
+    best = stage.run_dir / "best" / "step_4.npz"
+    assert stage.train(resume_from=best) == COMPLETE, "as the message advises"
+    assert stage.data.given[0] == 4
 
 
 def test_a_checkpoint_that_was_asked_for_and_is_damaged_is_refused(straight: Stage, stage: Stage) -> None:

@@ -53,6 +53,21 @@ def test_a_run_in_its_stable_phase_is_extended_where_it_is(stage: Stage, tmp_pat
     assert stage.losses() == long.losses()
 
 
+@pytest.mark.parametrize("change", [{"steps": 18}, {"decay_steps": 2}], ids=str)
+@pytest.mark.parametrize("at_step", [8, 9])
+def test_a_run_is_extended_up_to_the_last_step_of_its_stable_phase(stage: Stage, change: dict, at_step: int) -> None:
+    """The first step of the decay has used a rate that the longer run would not have."""
+    stage.prepare(small_options(**WSD))
+    stage.backend.before_step = kill_at(signal.SIGTERM, at_step)
+    assert stage.train() == 128 + signal.SIGTERM
+    if at_step == 8:
+        assert stage.train(**WSD | change) == COMPLETE
+        assert "Warning: changed since the checkpoint: --" in stage.text
+    else:
+        with pytest.raises(UserError, match=f"--{next(iter(change)).replace('_', '-')} was"):
+            stage.train(**WSD | change)
+
+
 def test_utilisation_is_a_share_of_a_known_peak(stage: Stage, straight: Stage) -> None:
     assert all("mfu" not in step for step in straight.records("step"))
     stage.backend.device = "2 x NVIDIA H100 80GB HBM3, jax 0.0, mesh data=1,fsdp=2,expert=1"

@@ -19,6 +19,7 @@ from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import IGNORE, TrainingState, UserError
 from train.data.feed import Validation
 from train.plot import plot_runs
+from train.run.changes import changes_since
 from train.run.options import Options
 from train.run.overview import checkpoint_space, disk_estimate
 from train.run.progress import Progress
@@ -242,6 +243,19 @@ def test_a_change_of_trajectory_is_refused_by_name(straight: Stage, change: dict
     assert f"Warning: changed since the checkpoint: {named}" in straight.text
 
 
+def test_what_auto_chose_on_another_device_is_no_change(tmp_path: Path) -> None:
+    """Only of another dtype it is told. Versions that did not note what was `auto` are taken to have meant it so."""
+    meta = {"options": json.loads(json.dumps(small_options().to_dict())), "data": {}}
+    here = small_options(dtype="bfloat16", remat="layers")
+
+    def changes(**more: object) -> list[str]:
+        return changes_since(tmp_path / "step_5", meta | more, here, ["dtype", "remat"], {}, 5)
+
+    assert changes() == changes(automatic=["dtype", "remat"]) == ["--dtype auto was float32, now bfloat16"]
+    with pytest.raises(UserError, match="--dtype was float32, now bfloat16: that would change the run"):
+        changes(automatic=["remat"])
+
+
 def test_harmless_changes_are_not_refused(straight: Stage) -> None:
     changes = {"checkpoint_interval": 3, "eval_interval": 2, "micro_batch_size": 1, "remat": "layers", "patience": 9}
     assert straight.train(extended_steps=4, **changes) == COMPLETE
@@ -259,9 +273,11 @@ def test_other_data_is_refused_and_other_versions_are_named(straight: Stage) -> 
 
 
 def test_going_back_to_an_older_checkpoint_is_refused(straight: Stage) -> None:
-    older = straight.run_dir / "checkpoints" / "step_5.npz"
-    with pytest.raises(UserError, match="holds later steps, up to 15"):
-        straight.train(resume_from=older)
+    checkpoints = straight.run_dir / "checkpoints"
+    newest_but_one = checkpoints / "step_12.npz"
+    for older in (checkpoints / "step_5.npz", newest_but_one, Path(os.path.relpath(newest_but_one))):
+        with pytest.raises(UserError, match="holds later steps, up to 15"):
+            straight.train(resume_from=older)
 
 
 def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:
@@ -271,6 +287,13 @@ def test_a_run_can_branch_off_another(straight: Stage, stage: Stage) -> None:
     # Started again, it goes on from its own checkpoints.
     assert stage.train(resume_from=older, extended_steps=4) == COMPLETE
     assert stage.data.given == [15]
+
+
+def test_a_run_goes_on_from_the_best_state_of_another(straight: Stage, stage: Stage) -> None:
+    """The validation that found it is neither done nor counted again."""
+    assert stage.train(resume_from=straight.run_dir / "best" / "step_4.npz") == COMPLETE
+    told = [(record["step"], record["stale_validations"]) for record in stage.records("validation")]
+    assert told == [(8, 1), (12, 2), (15, 3)]
 
 
 def test_a_checkpoint_that_is_not_gone_on_from_is_named(
@@ -294,6 +317,7 @@ def test_a_run_that_ends_without_a_step_ends_as_it_does(
     assert stage.train(resume_from=newest) == COMPLETE
     assert "The run is complete: 15 steps" in stage.text and (stage.run_dir / "deepseek_final.npy").exists()
     assert stage.losses() == [] and "no step has been logged yet" in stage.text
+    assert stage.files("checkpoints") == ["step_final_15.npz"], "the folder has all that it goes on from"
 
 
 def test_a_state_is_the_best_by_the_same_rows(stage: Stage) -> None:
@@ -401,6 +425,8 @@ def test_a_loss_that_is_not_finite_is_never_best(first: float) -> None:
     assert not progress.validated(1, first, 0.0) and progress.stale_validations == 1
     assert progress.validated(2, 5.0, 0.0) and progress.best_step == 2
     assert not progress.validated(3, first, 0.0) and progress.best_loss == 5.0
+    progress.forget_best()
+    assert progress == Progress(), "nor does a count of other rows' losses stop the run"
 
 
 def test_a_broken_step_changes_nothing_but_its_place(stage: Stage, straight: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from parity_tests.support.fakes import FakeBackend, FakeData, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
-from train.run.lr_finder import HIGHEST, LOWEST, SWEEP_STEPS, Sweep, find_learning_rate, suggestion
+from train.run.lr_finder import HIGHEST, LOWEST, SWEEP_STEPS, Sweep, find_learning_rate, suggestion, sweep
 from train.shell import FAILED
 
 
@@ -27,6 +28,9 @@ def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
     # Falls around 1e-3 by a logistic curve, climbs steeply after 1e-1.
     losses = [9 - 5 / (1 + (1e-3 / rate) ** 2) + max(0, math.log(rate / 0.1)) * 4 for rate in rates]
     assert 5e-4 < suggestion(rates, losses) < 4e-3
+    # How fast it comes down again from a climb says nothing.
+    again = [*losses[:80], *[20.0] * 10, *[6.0] * 10]
+    assert suggestion(rates, again) == suggestion(rates, losses)
     with pytest.raises(UserError, match="the loss never falls"):
         suggestion(rates, [1 + rate for rate in rates])
     with pytest.raises(UserError, match="only 3 steps had a finite loss"):
@@ -79,6 +83,16 @@ def test_a_sweep_ends_where_the_loss_explodes(tmp_path: Path) -> None:
     after = backend.snapshot()
     assert np.array_equal(before[0], after[0]) and before[1] == after[1] == 0
     assert f"--learning-rate {rate:g}" in said[-1] and str(tmp_path / "sweep.png") in said[-1]
+
+
+def test_a_sweep_ends_where_the_loss_climbs_above_its_lowest() -> None:
+    """Also where it is still far below the first one."""
+    options = small_options(find_lr=True)
+    backend, losses = FakeBackend(options), [*np.linspace(10, 1, 50).tolist(), *[5.0] * 50]
+    backend.init(0)
+    step = backend.step
+    backend.step = lambda *rows: dataclasses.replace(step(*rows), loss=losses[backend.steps_done - 1])
+    assert sweep(backend, FakeData(options), lambda: False)[1] == losses[:51]
 
 
 def test_the_state_comes_back_when_the_sweep_fails(tmp_path: Path) -> None:

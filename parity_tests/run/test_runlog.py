@@ -87,7 +87,7 @@ def test_logs_are_cut_back(tmp_path: Path) -> None:
         log.end(12, "interrupted")
     with open(tmp_path / "metrics.jsonl", "a") as metrics:
         metrics.write('{"kind": "step", "st')  # a crash in the middle of a line
-    cut_logs(tmp_path, 2)
+    assert cut_logs(tmp_path, 2) == 0, "which is no damage"
     text = (tmp_path / "training.logs").read_text()
     assert text.startswith("Model: ...") and "Saving checkpoint at step 2" in text
     assert "Step 97 | Loss: 1\n" in text and "Step 2 |" in text and "Step 3 |" not in text and "Step 12 |" not in text
@@ -95,6 +95,39 @@ def test_logs_are_cut_back(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, small_options()) as log:
         log.say("anew")
     assert (tmp_path / "training.logs").read_text() == "anew\n"
+    # What was cut off before stays, and what is cut off now comes after it.
+    text = (tmp_path / "training.cut.logs").read_text()
+    assert text.startswith("Step 3 |") and text.count("Step 12 |") == 1 and text.endswith(f"{'=' * 50}\n")
+    lines = [line for line in (tmp_path / "metrics.cut.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["step"] for line in lines] == [*range(3, 13), 12, 1, 2, 2]
+
+
+def test_what_is_logged_is_there_at_once_and_a_log_is_cut_as_a_whole(tmp_path: Path) -> None:
+    """A process that is killed takes no line with it, not even while it cuts a log."""
+    with RunLog(tmp_path, 0, small_options()) as log:
+        for step in (1, 2):
+            log.step(values(step), step_line(step, 2.0, 0.1, 0.1, 5.0, 1, 1e9, None, None))
+        logged = {name: (tmp_path / name).read_text() for name in ("metrics.jsonl", "training.logs")}
+    assert all(text.count("\n") == 2 for text in logged.values())
+    for name in logged:
+        os.link(tmp_path / name, tmp_path / f"{name} before")
+    cut_logs(tmp_path, 1)
+    for name, text in logged.items():
+        assert (tmp_path / name).read_text() == text.splitlines(keepends=True)[0]
+        assert (tmp_path / f"{name} before").read_text() == text, "another file has taken its name"
+
+
+def test_no_record_is_written_into_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    """A crash may have left a record whole but for the end of its line."""
+    with RunLog(tmp_path, 0, small_options()) as log:
+        log.step(values(1), "line")
+        log.step(values(2), "line")
+    for name in ("metrics.jsonl", "training.logs"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    with RunLog(tmp_path, 2, small_options()) as log:
+        log.step(values(3), "another line")
+    assert [record["step"] for record in read_metrics(tmp_path)][-1] == 3
+    assert (tmp_path / "training.logs").read_text().endswith("\nanother line\n")
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_a_run_that_diverges_again_and_again_stops(tmp_path: Path) -> None:
     assert stage.train() == COMPLETE, "tries on"
 
 
+def test_rollbacks_to_other_weights_each_time_are_no_reason_to_stop(tmp_path: Path) -> None:
+    stage = prepared(tmp_path / "run", 22, 28, 34, 40, 46, spike_steps=2, spike_factor=4.0)
+    assert stage.train() == COMPLETE
+    assert [r["rolled_back_to"] for r in stage.records("spike")] == [20, 25, 30, 35, 45]
+
+
+def test_a_run_that_is_rolled_back_at_its_last_step_is_complete(tmp_path: Path) -> None:
+    stage = prepared(tmp_path / "run", *range(31, 46), checkpoint_interval=30, steps=41)
+    assert stage.train() == COMPLETE
+    assert stage.records("spike")[-1]["step"] == 46 and stage.files("checkpoints")[-1] == "step_final_46.npz"
+
+
 def test_losses_that_are_no_numbers_are_gone_with_the_weights(tmp_path: Path) -> None:
     """They count as skipped steps too, of which as many would stop the run."""
     stage = prepared(tmp_path / "run", max_skipped_steps=4)

@@ -15,6 +15,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.leaving import ENDED
 from torch_ref.spec.processes import Processes
 from train.run.together import Wishes, first_by_the_writer, require_same
+from train.shell import FAILED
 
 SERVICE = (
     "E1127 14:22:55.873678   12283 coordination_service.cc:1549] Use error polling to propagate the following error\n"
@@ -95,6 +96,22 @@ def test_every_wish_of_another_ends_the_run(tmp_path: Path, wish: dict, code: in
     backend = peer(stage, lambda asked: Wishes(**wish) if asked >= 5 else ())
     assert stage.train() == code
     assert backend.steps_done == 4
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_process_without_more_text_has_rows_until_all_know(tmp_path: Path, ahead: bool, capsys) -> None:
+    """Each begins the same steps: what those take that come before the answer was read before."""
+    stage = Stage(tmp_path / "run")
+    backend = peer(stage, lambda asked: (), ahead)
+    stage.data.fails_at = 7
+    assert stage.train() == FAILED
+    assert backend.steps_done == 7 and stage.files("checkpoints")[-1] == "step_7.npz"
+    assert capsys.readouterr().err == "error: process 1: dice: batch 7 fell under the table\n"
+    stage = Stage(tmp_path / "other")
+    peer(stage, lambda asked: (), ahead)
+    stage.data.fails_at = 0
+    with pytest.raises(UserError, match="batch 0 fell under the table"):
+        stage.train()
 
 
 def test_what_must_be_the_same_is_compared():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 from pathlib import Path
 
@@ -194,6 +195,10 @@ def test_a_large_model_is_split_into_files(tmp_path):
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3 and not (tmp_path / "many/model.safetensors").exists()
     assert all(path.stat().st_size < 110_000 for path in files)
+    sizes = [sum(spec.nbytes for spec in TensorReader(path).specs.values()) for path in files]
+    assert all(size + following > 100_000 for size, following in itertools.pairwise(sizes)), "as many as fit"
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
     one, many = TensorReader(tmp_path / "one/model.safetensors"), TensorReader(*files)
     assert one.keys() == many.keys() and all(np.array_equal(one[key], many[key]) for key in one)
     _, info = load(tmp_path / "many")

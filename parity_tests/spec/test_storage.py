@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ from torch_ref.spec.storage import (
     from_bfloat16_bits,
     size_in_words,
     to_bfloat16_bits,
+    write_whole,
 )
 
 
@@ -96,3 +100,18 @@ def test_bfloat16_rounds_to_nearest_even_like_torch():
 
 
 # Export
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not synced elsewhere")
+def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    """Else the name may be there after a power cut, and the bytes not."""
+    order, replace = [], os.replace
+
+    def fsync(descriptor):
+        found = os.fstat(descriptor)
+        order.append("folder" if stat.S_ISDIR(found.st_mode) else f"{found.st_size} bytes")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("named"), replace(*paths)))
+    write_whole(tmp_path / "made" / "x", b"12345")
+    assert order == ["5 bytes", "named", "folder"] and (tmp_path / "made/x").read_bytes() == b"12345"

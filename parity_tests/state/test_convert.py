@@ -70,6 +70,8 @@ def make_run(folder: Path, framework: str, dtype: str = "float32") -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "settings.toml").write_text(Options(model=CONFIG, seq_len=16, preset="tiny").to_toml())
     (folder / "data.json").write_text('{"dataset": "python-docs"}')
+    for name in ("tokenizer_config.json", "python-docs.jsonl", "validation.npz", "metrics.jsonl", "training.logs"):
+        (folder / name).write_text("{}")
     (folder / "plot.png").write_text("not taken along")
 
 
@@ -180,7 +182,16 @@ def test_a_run_goes_round_through_every_form_bitwise(tmp_path, first, dtype):
         assert_same(arrays(state), arrays(expected))
         assert (state.model_config, state.meta) == (CONFIG, expected.meta)
         own = sorted(item.name for item in found.run.iterdir() if item.is_file())
-        assert own == ["data.json", "settings.toml", "tokenizer.json"]
+        assert own == [
+            "data.json",
+            "metrics.jsonl",
+            "python-docs.jsonl",
+            "settings.toml",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "training.logs",
+            "validation.npz",
+        ]
     backend = backend_for(first, dtype)
     assert backend.restore(locate(tmp_path / "d").path) == expected.meta
     assert_same(arrays(backend.state()), arrays(expected))
@@ -311,8 +322,10 @@ def test_conflicts_are_named(tmp_path):
     with pytest.raises(UserError, match="num_layers = 2, this run has 3"):
         read_start(tmp_path / "state", dataclasses.replace(CONFIG, num_layers=3))
     pytest.importorskip("torch")
-    with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
-        load_checkpoint(make_backend("torch"), tmp_path / "state")
+    write_state(tmp_path / "of a run", TrainingState(CONFIG, weights, meta=META))
+    for folder in ("state", "of a run"):
+        with pytest.raises(UserError, match="holds weights, not a training state to resume; use --init-from"):
+            load_checkpoint(make_backend("torch"), tmp_path / folder)
 
 
 def test_init_from_brings_the_model_sizes(tmp_path):

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.support.backends import FRAMEWORKS, arrays, batch, make_backend, schedule
-from torch_ref.spec.checkpoint import DamagedCheckpoint
+from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, batch, make_backend, schedule
+from torch_ref.spec.checkpoint import DamagedCheckpoint, make_contents, require_contents, require_seal, seal
 from torch_ref.spec.huggingface import SIDECAR
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.parameters import parameter_table
 from train.convert import main as convert
+from train.state.neutral import TENSORS
 from train.state.resume import DAMAGED, own_checkpoints
 from train.state.source import load_checkpoint, locate, open_state
 
@@ -185,12 +187,14 @@ def test_conversion_refuses_damage(saved, tmp_path, capsys, form):
     largest = max(files_of(path), key=lambda file: file.stat().st_size)
     content = largest.read_bytes()
     everywhere = content
-    tensors = tensor_files(converted(path, tmp_path / "undamaged", form, capsys))
+    tensors = tensors_in(converted(path, tmp_path / "undamaged", form, capsys))
+    assert len(tensors) >= len(parameter_table(CONFIG))
     for part in range(1, 8):
         bit = 8 * (len(content) * part // 8)
         largest.write_bytes(flip(content, bit))
         result = converted(path, tmp_path / f"out{part}", form, capsys)
-        assert result is None or tensor_files(result) == tensors
+        if result is not None:
+            assert_same(tensors_in(result), tensors)
     for bit in range(8 * 100, 8 * len(content), 8 * 100):
         everywhere = flip(everywhere, bit)
     largest.write_bytes(everywhere)
@@ -206,8 +210,11 @@ def converted(path: Path, out: Path, form: str, capsys) -> Path | None:
     return out if code == 0 else None
 
 
-def tensor_files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}
+def tensors_in(folder: Path) -> dict[str, np.ndarray]:
+    """Every array that was written, in whichever form."""
+    state = open_state(locate(folder))
+    groups = {group: getattr(state, group) or {} for group in TENSORS}
+    return {f"{group} {name}": values[name] for group, values in groups.items() for name in values}
 
 
 def test_a_neutral_folder_is_checked_too(saved, tmp_path, capsys, caplog):
@@ -244,6 +251,19 @@ def test_a_checkpoint_of_before_is_restored_and_the_log_says_what_is_not_checked
     assert "step_1: written by a version without checksums; damage of its arrays would not be noticed" in caplog.text
     weights = open_state(locate(path)).weights
     np.testing.assert_array_equal(weights["norm.weight"], expected["weights norm.weight"])
+
+
+def test_half_a_seal_is_damage_and_another_format_is_refused(tmp_path):
+    contents = make_contents("flax", CONFIG, 1, 1, {})
+    sealed = seal(contents, [("norm.weight", np.zeros(3))])
+    require_seal(contents, tmp_path), require_seal(sealed, tmp_path)
+    for gone in ("checksum", "checksums"):
+        with pytest.raises(DamagedCheckpoint, match="its contents differ from their checksum"):
+            require_seal({name: value for name, value in sealed.items() if name != gone}, tmp_path)
+    require_contents(sealed, "flax", tmp_path)
+    for other in (None, 0, 2):
+        with pytest.raises(UserError, match=f"checkpoint format {other}, this version reads 1"):
+            require_contents(sealed | {"format": other}, "flax", tmp_path)
 
 
 def test_objects_that_are_no_tensors_are_not_unpickled(tmp_path):

@@ -8,11 +8,13 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parity_tests.harness.kills import COMPARED, MAINS
 from train.convert import main as convert
 from train.run.runlog import read_metrics
+from train.state.source import locate, open_state
 
 ARCHIVE = Path(__file__).parents[1] / "support/runs_of_before.tar.xz"
 
@@ -50,10 +52,13 @@ def test_a_run_of_before_goes_on(before: Path, framework: str) -> None:
 
 @pytest.mark.parametrize("framework", list(MAINS))
 def test_a_checkpoint_of_before_is_converted(before: Path, framework: str) -> None:
-    """Into the form of every other reader; the sizes come with it."""
+    """Into the form of every other reader; the sizes come with it, and every weight."""
     pytest.importorskip("torch")
     pytest.importorskip("jax")
+    weights = open_state(locate(Path(f"{framework}-stopped"))).weights
     for form in ("neutral", "transformers", "flax" if framework == "torch" else "torch"):
         assert convert([f"{framework}-stopped", f"out-{form}", "--to", form]) == 0
+        got = open_state(locate(Path(f"out-{form}"))).weights
+        assert set(got) == set(weights) and all(np.array_equal(got[name], weights[name]) for name in weights)
     settings = json.loads(Path("out-transformers/config.json").read_text())
     assert (settings["hidden_size"], settings["num_hidden_layers"]) == (8, 2)
