@@ -158,9 +158,16 @@ def main(argv: Sequence[str]) -> int:
     options = parse_flags(GenerateOptions, "python -m train.generate", argv, config=(tyro.conf.FlagCreatePairsOff,))
     model = options.open()
     print(f"{options.model}, {model.framework} on {model.device}", file=sys.stderr)
-    prompts = ask(sys.stdin.isatty()) if options.prompt is None else [options.prompt]
+    asks = options.prompt is None and sys.stdin.isatty()
+    prompts = ask(asks) if options.prompt is None else [options.prompt]
     for prompt in prompts:
-        text = continue_text(model, prompt, options, stream)
+        try:
+            text = continue_text(model, prompt, options, stream)
+        except UserError as error:
+            if not asks:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # of this prompt: the next one may do
+            continue
         if not stream:
             print(text)
     return COMPLETE

@@ -193,6 +193,19 @@ def test_generate_command_prints_the_text_alone(framework, folder, capsys, monke
     assert capsys.readouterr().out == text
 
 
+def test_a_prompt_that_does_not_fit_leaves_the_next_one_its_turn(folder, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    arguments = [str(folder), "--framework", "torch", "--max-new-tokens", "3", "--greedy"]
+    assert generation.main([*arguments, "--prompt", "The cache"]) == 0
+    text = capsys.readouterr().out
+    typed = io.StringIO(f"{'cache ' * 1000}\nThe cache\n\n")
+    typed.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", typed)
+    assert generation.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == text and "error: --max-new-tokens 3: " in captured.err
+
+
 def test_every_flag_of_generate_reaches_the_sampling(folder):
     options = generation.GenerateOptions(
         folder, max_new_tokens=3, greedy=True, temperature=0.5, top_k=6, top_p=0.7, min_p=0.1, repetition_penalty=1.2

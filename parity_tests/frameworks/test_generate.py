@@ -291,6 +291,14 @@ def test_greedy_tokens_of_torch_flax_and_transformers(penalty, transformers_mode
     assert penalty == 1 or len(set(ours)) > 60
 
 
+def test_the_penalty_knows_the_last_token_of_a_prompt(runner):
+    """One far below 1 makes a token that has a positive score the next one, if it counts as seen."""
+    logits = runner.full(np.arange(CONFIG.vocab_size)[:, None])[:, -1]
+    positive = [number for number, row in enumerate(logits) if row[number] > 0 and row.argmax() != number][:3]
+    sampling = Sampling(max_new_tokens=1, greedy=True, repetition_penalty=1e-6, stop_token=None)
+    assert positive and runner.generate([[number] for number in positive], sampling) == [[n] for n in positive]
+
+
 @pytest.fixture(scope="module")
 def transformers_model(tmp_path_factory):
     transformers = pytest.importorskip("transformers")

@@ -185,6 +185,7 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
         (["--prompt", ""], "--prompt : must not be empty"),
         (["--mesh", "fsdp=0"], "--mesh fsdp=0: 'fsdp=0' is none of data=N, fsdp=N, expert=N with N from 1"),
         (["--mesh", "data=1,pipe=2"], "--mesh data=1,pipe=2: 'pipe=2' is none of data=N"),
+        (["--mesh", "data=2,data=4"], "--mesh data=2,data=4: data has two sizes"),
         (
             ["--mesh", "expert=3", "--batch-size", "9"],
             "--mesh expert=3: expert must be a divisor of --n-routed-experts 8",

@@ -311,13 +311,14 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
     @property
     def mesh_shape(self) -> tuple[int, int, int]:
         """Sizes of data, fsdp and expert; all 1 before `auto` is settled."""
-        sizes = dict.fromkeys(MESH_AXES, 1)
+        sizes = {}
         for part in self.mesh.split(",") if self.mesh != "auto" else ():
             name, _, size = part.strip().partition("=")
-            valid = name in sizes and size.isdecimal() and int(size) >= 1
+            valid = name in MESH_AXES and size.isdecimal() and int(size) >= 1
             self._require(valid, "mesh", f"{part!r} is none of data=N, fsdp=N, expert=N with N from 1")
+            self._require(name not in sizes, "mesh", f"{name} has two sizes")
             sizes[name] = int(size)
-        return tuple(sizes.values())
+        return tuple(sizes.get(name, 1) for name in MESH_AXES)
 
     @property
     def devices(self) -> int:
