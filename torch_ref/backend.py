@@ -29,6 +29,7 @@ from torch_ref.cuda_graph import RecordedObjective, can_be_recorded, recorded_ch
 from torch_ref.device import describe, peak_memory, resolve_compute, resolve_device, sent_to_host, trace
 from torch_ref.model import Model, Parts, objective
 from torch_ref.moe import MoE, updated_balance_bias
+from torch_ref.mps import rows_at_once
 from torch_ref.processes import agree
 from torch_ref.self_check import compile_checked, fused_adamw, self_checked
 from torch_ref.sharding import make_mesh, own_part, part_of, shard_model, spread, sum_over, whole
@@ -159,7 +160,9 @@ class TorchBackend:
         rate = float(config.schedule(self._steps))
         tokens, rows = int((targets != IGNORE).sum()), len(inputs)
         batch = np.stack(split_batch(inputs, targets, self._rows_per_pass))
-        batch = self._put(batch[:, :, self.processes.rows(self._rows_per_pass)])
+        batch = batch[:, :, self.processes.rows(self._rows_per_pass)]
+        at_once = rows_at_once(*batch.shape[2:], self._device)
+        batch = self._put(batch.reshape(2, -1, at_once, batch.shape[3]))
         if self._compile_unchecked:
             self.compute, self._compile_unchecked = compile_checked(self.compute, self.model, batch[0, 0]), False
         gradient = self._recorded_for(*batch[:, 0]) or self._gradient

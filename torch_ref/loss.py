@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_ref.block import COMPILER
 from torch_ref.cpu import operand
 from torch_ref.layers import wide, wide_product
+from torch_ref.mps import long_product
 from torch_ref.spec.interface import IGNORE
 
 
@@ -79,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, gradient = differentiate(logits, target, hidden.dtype)
             total += loss
             gradient = operand(gradient)
-            hidden_gradient[part] = gradient @ weight
+            hidden_gradient[part] = long_product(gradient, weight)
             if embedding.dtype == gradient.dtype:
                 embedding_gradient.addmm_(gradient.T, rows)
             else:

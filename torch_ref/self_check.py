@@ -3,8 +3,8 @@
 On Apple's MPS several fused operations have been wrong in released versions of torch, in ways that no error shows. So
 there the paths avoid what is known (an explicit mask, padded values, static shapes). Before training, there and on
 CUDA, whose grouped products have left gradients of idle experts unwritten on some cards (pytorch #172439), the paths
-are compared on the device itself with the plain paths on the CPU; and a compiled layer with the layer itself.
-`flax_model/self_check.py` is the counterpart.
+and the loss are compared on the device itself with the plain ones on the CPU; and a compiled layer with the layer
+itself. `flax_model/self_check.py` is the counterpart.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch_ref.attention import ATTENTION_PATHS, attend_plain
 from torch_ref.block import Block, compiled_layer, run_layer
 from torch_ref.device import describe
 from torch_ref.layers import wide
-from torch_ref.loss import cross_entropy
+from torch_ref.loss import cross_entropy, cross_entropy_plain
 from torch_ref.model import Model, document_numbers
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
-from torch_ref.spec.interface import UserError
+from torch_ref.spec.interface import IGNORE, UserError
 from torch_ref.spec.storage import first_line
 
 
 def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
     """The same settings, with a path that fails its check on this device replaced, with a warning, by the plain one.
-    Raises `UserError` where that fails too, or where an optimizer step does not move the weights."""
+    Raises `UserError` where that fails too, where the loss is wrong, or an optimizer step does not move the weights."""
     of_attention = partial(attention_error, between_documents=compute.separator is not None)
     for option, plain, check in (("attention", "plain", of_attention), ("moe", "dense", experts_error)):
         path = getattr(compute, option)
@@ -49,6 +49,11 @@ def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
                 f"--device {device.type}: even --{option} {path} is wrong on {describe(device)}: {problem}; "
                 "use --device cpu or another version of torch"
             )
+    if problem := _tried(loss_error, compute.dtype, device):
+        raise UserError(
+            f"--device {device.type}: the loss is wrong on {describe(device)}: {problem}; "
+            "use --device cpu or another version of torch"
+        )
     if problem := optimizer_error(device):
         raise UserError(f"--device {device.type}: {problem}; use --device cpu or another version of torch")
     return compute
@@ -114,6 +119,27 @@ def experts_error(path: str, dtype: str, device: torch.device) -> str | None:
         return _with_gradients(apply, [operands[0], weights, *operands[1:]], upstream, device)
 
     return _difference(run(EXPERT_PATHS[path], device), run(experts_dense, torch.device("cpu")), dtype)
+
+
+def loss_error(dtype: str, device: torch.device) -> str | None:
+    """Why the loss cannot be trusted on `device`, or None: it and its gradients must be those of the plain one on the
+    CPU, with a vocabulary large enough that sums over it have been wrong (`mps.py`)."""
+    tokens, vocab, size = 40, 33_000, 16
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(shape, generator=generator) / 4 for shape in ((tokens, size), (vocab, size))]
+    operands[0] = operands[0].to(getattr(torch, dtype))
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets[::5] = IGNORE
+
+    def run(function, device, *more):
+        def apply(hidden, embedding):
+            return function(hidden, embedding, targets.to(device), *more)
+
+        return _with_gradients(apply, operands, torch.ones(()), device)
+
+    (loss, *got), (plain, *expected) = run(cross_entropy, device, 20), run(cross_entropy_plain, torch.device("cpu"))
+    none = loss.new_zeros(0)  # the loss is far larger than its gradients, and compared by itself
+    return _difference([loss], [plain], dtype) or _difference([none, *got], [none, *expected], dtype)
 
 
 def optimizer_error(device: torch.device) -> str | None:
