@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -115,3 +116,23 @@ def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("named"), replace(*paths)))
     write_whole(tmp_path / "made" / "x", b"12345")
     assert order == ["5 bytes", "named", "folder"] and (tmp_path / "made/x").read_bytes() == b"12345"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not synced elsewhere")
+@pytest.mark.parametrize("supported", [True, False])
+def test_on_macos_the_drive_empties_its_cache(tmp_path, monkeypatch, supported):
+    """Where `fsync` only hands the bytes to the drive. Not all file systems have the call that does more."""
+    import fcntl
+
+    calls = []
+
+    def control(descriptor, command):
+        calls.append(command)
+        if not supported:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    write_whole(tmp_path / "x", b"12345")
+    assert calls == ([51] if supported else [51, "fsync"]) * 2 and (tmp_path / "x").read_bytes() == b"12345"

@@ -255,7 +255,7 @@ def whole_file(path: Path, needed: int | None = None) -> Iterator[BinaryIO]:
         with open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
     except BaseException as error:
@@ -290,9 +290,20 @@ def sync_folder(folder: Path) -> None:
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """What was written is on the disk when this returns. On macOS `fsync` alone leaves it in the drive's own cache,
+    from which a later rename may come to the disk first."""
+    with suppress(ImportError, AttributeError, OSError):  # another system; a file system that has no such call
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        return
+    os.fsync(descriptor)
 
 
 def make_folder(folder: Path) -> None:
