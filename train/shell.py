@@ -2,7 +2,7 @@
 
 A mistake of the user's is one line on standard error and exit code 2, never a traceback; Ctrl-C is 130; a reader of the
 output that goes away (`| head`) is 141. A character that a terminal cannot show is written as an escape. Standard
-streams that are closed, or whose disk is full, are no reason for a traceback either.
+streams that are closed, a disk or a memory that is full, are no reason for a traceback either.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TextIO, TypeVar
 
 from torch_ref.spec.config import SpecificationError
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.memory import memory_errors
 from torch_ref.spec.storage import with_user_paths
 
 COMPLETE, FAILED = 0, 2
@@ -38,7 +39,8 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             given = list(sys.argv[1:] if argv is None else argv)
             for before, word in zip([None, *given], given, strict=False):
                 unicode_text(word, before if before and before.startswith("-") else "command line")
-            code = command(given)
+            with memory_errors("free some, or ask for less at once"):
+                code = command(given)
             sys.stdout.flush()  # Python would do it when it ends, and not know what to do about a failure
             return code
         except (UserError, SpecificationError) as error:

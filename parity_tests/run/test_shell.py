@@ -264,3 +264,52 @@ def test_the_file_cache_of_a_container_is_free_memory(monkeypatch):
     }
     monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: files[str(self)])
     assert host_memory_available() == 8_000_000_000 - 7_000_000_000 + 5_500_000_000
+
+
+MPS = "MPS backend out of memory (MPS allocated: 5.50 GB, other allocations: 14.76 GB, max allowed: 20.40 GB)"
+CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            RuntimeError(f"{MPS}. Tried to allocate 1.00 MB on private pool. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0."),
+            MPS,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore lines"), "CUDA out of memory"),
+        (RuntimeError(f"[enforce fail at alloc_cpu.cpp:121] err == 0. {CPU}. Error code 12"), CPU),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "RESOURCE_EXHAUSTED: Out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_full_memory_is_one_line_with_the_mend(capsys, error, told):
+    def fails(*_):
+        raise error
+
+    assert shell(fails)([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"error: {told}") and said.endswith("ask for less at once\n")
+
+
+def test_other_errors_of_a_library_are_not_put_down_to_memory():
+    def fails(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        shell(fails)([])
+
+
+def test_training_that_does_not_fit_says_which_option_makes_it_smaller(tmp_path, monkeypatch, capsys):
+    backend = pytest.importorskip("torch_ref.backend")
+    from torch_ref.train import main
+
+    def full(*_):
+        raise RuntimeError(f"{MPS}. Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0")
+
+    monkeypatch.setattr(backend, "objective", full)
+    (tmp_path / "text.txt").write_text("A word and another one. " * 400)
+    flags = f"--preset tiny --dataset {tmp_path}/text.txt --seq-len 16 --steps 2 --validation-rows 0 --eval-interval 0"
+    assert main([*flags.split(), "--run-dir", str(tmp_path / "run"), "--no-tensorboard"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {MPS}; use a smaller --micro-batch-size" in said and "Traceback" not in said

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_ref.spec.interface import Backend
-from torch_ref.spec.memory import Framework, choose_remat, step_bytes
+from torch_ref.spec.memory import Framework, choose_remat, memory_errors, step_bytes
 from torch_ref.spec.processes import ALONE, Processes
 from train import command_line
 from train.data.feed import Data, open_data, take_along
@@ -54,7 +54,8 @@ def _launch(
     asked = command_line.parse(argv, prog)
     run_dir = asked.run_dir or Path("runs") / f"{asked.preset}-{framework}"
     try:
-        with join(asked) as processes, exclusive(run_dir, METRICS) if processes.writes else silence():
+        full = memory_errors("use a smaller --micro-batch-size or --loss-chunk, --remat layers, or a smaller --preset")
+        with join(asked) as processes, exclusive(run_dir, METRICS) if processes.writes else silence(), full:
             options, backend = build(asked)
             automatic = [
                 name
