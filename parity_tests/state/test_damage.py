@@ -163,6 +163,8 @@ def test_weights_of_another_model_are_refused_by_name(saved, tmp_path):
     assert convert([str(path), str(tmp_path / "exported"), "--to", "transformers"]) == 0
     assert convert([str(tmp_path / "exported"), str(tmp_path / "weights"), "--to", backend.framework]) == 0
     weights = next(file for file in (tmp_path / "weights").iterdir() if file.suffix in (".pt", ".safetensors"))
+    (tmp_path / "weights" / f"._{weights.name}").write_bytes(b"what macOS leaves on a drive of another system")
+    assert locate(tmp_path / "weights").path == weights
     sidecar = tmp_path / "weights" / SIDECAR
     model = json.loads(sidecar.read_text())["model"]
     for changed, said in (({"v_head_dim": 16}, "the config beside it asks for"), ({"num_layers": 3}, "missing")):

@@ -62,7 +62,8 @@ def locate(path: Path, step: int | None = None) -> Source:
         if found:
             checkpoint = found[-1][1]
             return Source(checkpoint_framework(checkpoint), checkpoint, _run_of(checkpoint))
-    weights = [item for item in path.glob("*") if item.suffix in (".pt", ".safetensors")]
+    # On drives of other systems macOS puts a file `._NAME` beside each.
+    weights = [item for item in path.glob("[!.]*") if item.suffix in (".pt", ".safetensors")]
     if step is None and len(weights) == 1:
         return _locate_one(weights[0])
     raise UserError(f"{path}: nothing to read there; give {KINDS}")
