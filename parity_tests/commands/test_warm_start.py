@@ -203,6 +203,19 @@ def stopping(stop: BaseException):
 
 @pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
 def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("2", "diverged by step 2: lower --distill-learning-rate"),
+        ("1", "the loss of the distilled model is not finite"),
+    ],
+)
+def test_a_distillation_that_diverges_is_no_model(teacher, tmp_path, capsys, steps, said):
+    flags = ["--distill-learning-rate", "1e30", "--distill-steps", steps]
+    assert warm_start.main([*arguments_for(teacher, tmp_path / "model"), *QUICK, *flags]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "model").exists()
+
+
     from train.warm_start.fit import _divergence
 
     generator = torch.Generator().manual_seed(0)
@@ -226,7 +239,7 @@ def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
 @pytest.mark.parametrize("rate", ["10", "1e30"])  # of the second, nothing is a number any more
 def test_a_fit_that_loses_leaves_the_layer_as_converted(teacher, tmp_path, rate):
     out = tmp_path / "model"
-    flags = ["--fit-learning-rate", "10", "--distill-steps", "0", "--measure-lengths", "64"]
+    flags = ["--fit-learning-rate", rate, "--fit-steps", "5", "--distill-steps", "0", "--measure-lengths", "64"]
     assert warm_start.main([*arguments_for(teacher, out), *flags]) == 0
     for layer in read_json(out / "warm_start.json")["layers"]:
         assert layer["fitted"] == layer["converted"]

@@ -73,7 +73,7 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     rates = "fit_learning_rate", "distill_learning_rate", "distill_mlp_learning_rate"
     for name in ("fit_steps", "distill_steps", "seed", *rates):
-        if getattr(options, name) < 0:
+        if not getattr(options, name) >= 0:  # not a number either
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
     if options.distill_steps and not options.distill_learning_rate and not options.distill_mlp_learning_rate:
         raise UserError(

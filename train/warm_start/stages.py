@@ -235,8 +235,9 @@ class Stages:
                     self.options.seed + index,
                     stepped,
                 )
-            # A layer that the closed form has nearly right can lose by the fit's noise: it is then left as it was.
-            candidates = (fitted, new.weights)
+            # A layer that the closed form has nearly right can lose by the fit's noise: it is then left as it was. So
+            # is one whose fit diverged: its error, NaN, is below no other.
+            candidates = (new.weights, fitted)
             stages["fitted"] = min(
                 candidates, key=lambda one: attention_error(self.config, one, x[judge], wanted[judge])
             )
@@ -273,7 +274,8 @@ class Stages:
         return lambda tokens: model(tokens, self.compute).hidden
 
     def measure(self, stage: str, texts: Texts, hidden_of: HiddenOf, embedding: Tensor, made_by: str = "") -> None:
-        """Losses of a stage on every text, or those that an interrupted run has measured before."""
+        """Losses of a stage on every text, or those that an interrupted run has measured before. Raises `UserError`
+        where one is not finite: nothing that comes of such a model is worth keeping."""
         file = self.work.folder / f"losses-{stage}.json"
         sums = {
             name: {str(length): int(rows.inputs.sum()) for length, rows in by_length.items()}
@@ -286,8 +288,11 @@ class Stages:
                 found = {"identity": identity, "losses": losses_of(texts, hidden_of, embedding)}
                 write_json(file, found)
         self.report["losses"][stage] = found["losses"]
-        losses = [f"{loss:.4f}" for by_length in found["losses"].values() for loss in by_length.values()]
-        self.console.print(f"{stage}: loss {' '.join(losses)}")
+        losses = [loss for by_length in found["losses"].values() for loss in by_length.values()]
+        self.console.print(f"{stage}: loss {' '.join(f'{loss:.4f}' for loss in losses)}")
+        if not np.isfinite(losses).all():
+            cause = {"original": f"--from {self.options.source}", "distilled": "--distill-learning-rate is too high"}
+            raise UserError(f"{cause.get(stage, stage)}: the loss of the {stage} model is not finite")
 
     def expert_load(self, model: Model, rows: Int32[np.ndarray, "rows seq"]) -> list[float]:
         """Largest load over mean load, by layer."""
