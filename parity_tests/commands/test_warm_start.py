@@ -20,6 +20,7 @@ from torch_ref.spec.huggingface import import_folder
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import parameter_table
 from torch_ref.spec.storage import read_json
+from train.data.packing import rows_of
 from train.data.python_docs import python_documents
 from train.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -29,6 +30,7 @@ transformers = pytest.importorskip("transformers", reason="the old model is read
 from parity_tests.support.warm import COMPUTE, SMALL, largest_error, llama_config, torch_logits, torch_model  # noqa: E402
 from train.warm_start import __main__ as warm_start  # noqa: E402
 from train.warm_start import stages as warm_stages  # noqa: E402
+from train.warm_start.options import WarmStartOptions  # noqa: E402
 from train.warm_start.report import print_tables  # noqa: E402
 from train.warm_start.teacher import Teacher, check_tokenizer, read_teacher  # noqa: E402
 
@@ -201,8 +203,6 @@ def stopping(stop: BaseException):
     return function
 
 
-@pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
-def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
@@ -216,6 +216,8 @@ def test_a_distillation_that_diverges_is_no_model(teacher, tmp_path, capsys, ste
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
+def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     from train.warm_start.fit import _divergence
 
     generator = torch.Generator().manual_seed(0)
@@ -245,11 +247,28 @@ def test_a_fit_that_loses_leaves_the_layer_as_converted(teacher, tmp_path, rate)
         assert layer["fitted"] == layer["converted"]
 
 
+def test_no_more_is_measured_than_asked_for():
+    held_out = SimpleNamespace(validation=rows_of(range(256), 64))
+    options = WarmStartOptions(source="old", out=Path("new"), measure_tokens=100, measure_lengths=(8,))
+    (by_length,) = warm_stages.Stages(options, SMALL, None, None, held_out, None, None).texts().values()
+    assert (by_length[8].targets >= 0).sum() == 100
+
+
+def test_few_held_out_and_few_fit_rows_are_enough(teacher, tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    lines = (teacher / "text.jsonl").read_text().splitlines()[:12]
+    text.write_text("".join(json.dumps({"text": json.loads(line)["text"][:100]}) + "\n" for line in lines))
+    flags = ["--dataset", str(text), "--fit-rows", "1", "--fit-steps", "1"]
+    calibrate, rows = warm_stages.calibrate, []
+    monkeypatch.setattr(warm_stages, "calibrate", lambda *given: rows.append(len(given[2])) or calibrate(*given))
+    assert warm_start.main([*arguments_for(teacher, tmp_path / "model"), *QUICK, *flags]) == 0
+    assert rows == [1, 1]
+
+
 @pytest.mark.parametrize("mlp_rate", [0.0, 1e-3])
 def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
     from torch_ref.model import Model
     from torch_ref.spec.parameters import initial_values
-    from train.data.packing import rows_of
     from train.warm_start.fit import AdamWSettings, Distillation, distill
 
     config, weights, _ = read_teacher(str(teacher))
@@ -298,6 +317,11 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--fit-rows", "many"], "fit-rows"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--fit-learning-rate", "-1"], "--fit-learning-rate -1.0: must be at least 0"),
+        (["--fit-learning-rate", "nan"], "--fit-learning-rate nan: must be at least 0"),
+        (
+            ["--also-measure", "python-docs"],
+            "--also-measure python-docs: is measured already (--dataset, or named twice)",
+        ),
         (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
 )
