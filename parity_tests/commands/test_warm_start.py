@@ -8,7 +8,6 @@ import errno
 import io
 import itertools
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,17 +20,19 @@ from torch_ref.spec.huggingface import import_folder
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import parameter_table
 from torch_ref.spec.storage import read_json
+from train.data.packing import rows_of
 from train.data.python_docs import python_documents
 from train.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 torch = pytest.importorskip("torch", reason="the warm start fits with torch")
 transformers = pytest.importorskip("transformers", reason="the old model is read with transformers")
 
-from parity_tests.support.warm import COMPUTE, SMALL, THETA, largest_error, torch_logits, torch_model  # noqa: E402
+from parity_tests.support.warm import COMPUTE, SMALL, largest_error, llama_config, torch_logits, torch_model  # noqa: E402
 from train.warm_start import __main__ as warm_start  # noqa: E402
 from train.warm_start import stages as warm_stages  # noqa: E402
+from train.warm_start.options import WarmStartOptions  # noqa: E402
 from train.warm_start.report import print_tables  # noqa: E402
-from train.warm_start.teacher import Teacher, check_shape, check_tokenizer, read_teacher  # noqa: E402
+from train.warm_start.teacher import Teacher, check_tokenizer, read_teacher  # noqa: E402
 
 ARGUMENTS = (
     "--preset small-warm --seq-len 64 --fit-rows 32 --fit-steps 25 --distill-steps 40 --distill-batch 4 "
@@ -45,22 +46,6 @@ QUICK = (
 
 def arguments_for(teacher: Path, out: Path) -> list[str]:
     return ["--from", str(teacher), "--dataset", str(teacher / "text.jsonl"), "--out", str(out), *ARGUMENTS]
-
-
-def llama_config(**changes):
-    sizes = {
-        "vocab_size": SMALL.vocab_size,
-        "hidden_size": SMALL.hidden_size,
-        "num_hidden_layers": SMALL.num_layers,
-        "num_attention_heads": SMALL.num_heads,
-        "num_key_value_heads": SMALL.num_kv_heads,
-        "head_dim": SMALL.v_head_dim,
-        "intermediate_size": SMALL.moe_intermediate_size,
-        "rms_norm_eps": SMALL.rms_norm_eps,
-        "rope_theta": THETA,
-        "tie_word_embeddings": True,
-    }
-    return transformers.LlamaConfig(**sizes | changes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,6 +203,19 @@ def stopping(stop: BaseException):
     return function
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("2", "diverged by step 2: lower --distill-learning-rate"),
+        ("1", "the loss of the distilled model is not finite"),
+    ],
+)
+def test_a_distillation_that_diverges_is_no_model(teacher, tmp_path, capsys, steps, said):
+    flags = ["--distill-learning-rate", "1e30", "--distill-steps", steps]
+    assert warm_start.main([*arguments_for(teacher, tmp_path / "model"), *QUICK, *flags]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("text_weight", [0.0, 0.4, 1.0])
 def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     from train.warm_start.fit import _divergence
@@ -240,19 +238,37 @@ def test_the_distillations_gradient_is_that_of_the_divergence(text_weight):
     assert largest_error(gradient.numpy(), hidden.grad.numpy()) < 1e-12
 
 
-def test_a_fit_that_loses_leaves_the_layer_as_converted(teacher, tmp_path):
+@pytest.mark.parametrize("rate", ["10", "1e30"])  # of the second, nothing is a number any more
+def test_a_fit_that_loses_leaves_the_layer_as_converted(teacher, tmp_path, rate):
     out = tmp_path / "model"
-    flags = ["--fit-learning-rate", "10", "--distill-steps", "0", "--measure-lengths", "64"]
+    flags = ["--fit-learning-rate", rate, "--fit-steps", "5", "--distill-steps", "0", "--measure-lengths", "64"]
     assert warm_start.main([*arguments_for(teacher, out), *flags]) == 0
     for layer in read_json(out / "warm_start.json")["layers"]:
         assert layer["fitted"] == layer["converted"]
+
+
+def test_no_more_is_measured_than_asked_for():
+    held_out = SimpleNamespace(validation=rows_of(range(256), 64))
+    options = WarmStartOptions(source="old", out=Path("new"), measure_tokens=100, measure_lengths=(8,))
+    (by_length,) = warm_stages.Stages(options, SMALL, None, None, held_out, None, None).texts().values()
+    assert (by_length[8].targets >= 0).sum() == 100
+
+
+def test_few_held_out_and_few_fit_rows_are_enough(teacher, tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    lines = (teacher / "text.jsonl").read_text().splitlines()[:12]
+    text.write_text("".join(json.dumps({"text": json.loads(line)["text"][:100]}) + "\n" for line in lines))
+    flags = ["--dataset", str(text), "--fit-rows", "1", "--fit-steps", "1"]
+    calibrate, rows = warm_stages.calibrate, []
+    monkeypatch.setattr(warm_stages, "calibrate", lambda *given: rows.append(len(given[2])) or calibrate(*given))
+    assert warm_start.main([*arguments_for(teacher, tmp_path / "model"), *QUICK, *flags]) == 0
+    assert rows == [1, 1]
 
 
 @pytest.mark.parametrize("mlp_rate", [0.0, 1e-3])
 def test_the_distillation_trains_what_has_a_rate(teacher, tmp_path, mlp_rate):
     from torch_ref.model import Model
     from torch_ref.spec.parameters import initial_values
-    from train.data.packing import rows_of
     from train.warm_start.fit import AdamWSettings, Distillation, distill
 
     config, weights, _ = read_teacher(str(teacher))
@@ -278,43 +294,6 @@ def test_brackets_in_a_texts_name_are_in_the_tables_column():
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("hidden_size", 80),
-        ("num_hidden_layers", 3),
-        ("num_attention_heads", 8),
-        ("num_key_value_heads", 4),
-        ("head_dim", 32),
-        ("intermediate_size", 128),
-        ("vocab_size", 1024),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("tie_word_embeddings", False),
-        ("rms_norm_eps", 1e-6),
-        ("rope_theta", 500000.0),
-    ],
-)
-def test_a_teacher_of_another_shape_is_refused_by_field(field, value):
-    check_shape("old", llama_config(), SMALL)
-    with pytest.raises(UserError, match=rf"--from old: {field} is "):
-        check_shape("old", llama_config(**{field: value}), SMALL)
-
-
-def test_another_architecture_is_refused():
-    with pytest.raises(UserError, match="model_type is gpt2"):
-        check_shape("old", transformers.GPT2Config(), SMALL)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("q_lora_rank", 8), ("first_k_dense", 1), ("qk_nope_head_dim", 4), ("qk_nope_head_dim", 15)]
-)
-def test_a_new_model_that_cannot_be_filled_is_refused_by_field(field, value):
-    with pytest.raises(UserError, match=f"{field} = {value}: must be"):
-        check_shape("old", llama_config(), dataclasses.replace(SMALL, **{field: value}))
-
-
 def test_a_tokenizer_is_compared_by_its_entries(teacher):
     own = load_tokenizer(str(teacher))
     definition = json.loads(own.definition)
@@ -338,6 +317,11 @@ def test_a_tokenizer_is_compared_by_its_entries(teacher):
         (["--fit-rows", "many"], "fit-rows"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--fit-learning-rate", "-1"], "--fit-learning-rate -1.0: must be at least 0"),
+        (["--fit-learning-rate", "nan"], "--fit-learning-rate nan: must be at least 0"),
+        (
+            ["--also-measure", "python-docs"],
+            "--also-measure python-docs: is measured already (--dataset, or named twice)",
+        ),
         (["--distill-learning-rate", "0"], "--distill-learning-rate 0: with --distill-mlp-learning-rate 0"),
     ],
 )
@@ -373,51 +357,3 @@ def test_a_folder_in_use_and_a_partial_one_of_another_kind_are_refused(teacher, 
     assert warm_start.main(arguments) == 130
     assert warm_start.main([*arguments, "--fit-rows", "16"]) == 2
     assert "of other options; delete that folder" in capsys.readouterr().err
-
-
-def test_a_gguf_files_own_tokenizer(tmp_path):
-    """SmolLM's splits numbers into digits, which the file says by a name only."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    from train.warm_start.teacher import _gguf_tokenizer
-
-    model = json.loads(train_tokenizer(["in 1984 the 1984 of 1984, the in 1984"] * 40, 300).definition)["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    file = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    tokenizer = _gguf_tokenizer(file)
-    assert tokenizer.eot_id == 0
-    assert [tokenizer.decode([number]) for number in tokenizer.encode("the 1984")][-4:] == list("1984")
-    assert tokenizer.decode(tokenizer.encode("the  é 1984")) == "the  é 1984"
-    assert json.loads(tokenizer.definition)["added_tokens"][0]["content"] == "<|endoftext|>"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "llama"}, "its tokenizer is no byte-level BPE"),
-        ({"pre": None}, "has no tokenizer.ggml.pre"),
-        ({"merges": None}, "has no tokenizer.ggml.merges"),
-    ],
-)
-def test_a_gguf_file_whose_tokenizer_cannot_be_had_is_refused(monkeypatch, changes, message):
-    from train.warm_start.teacher import _gguf_tokenizer
-
-    stored = {"model": "gpt2", "pre": "smollm", "tokens": ["a"], "merges": [], "token_type": [1]} | changes
-    fields = {
-        f"tokenizer.ggml.{name}": SimpleNamespace(contents=lambda value=value: value)
-        for name, value in stored.items()
-        if value is not None
-    }
-    reader = SimpleNamespace(fields=fields)
-    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFReader=lambda path: reader))
-    with pytest.raises(UserError) as error:
-        _gguf_tokenizer(Path("old.gguf"))
-    assert str(error.value) == f"--from old.gguf: {message}; name the model's transformers folder instead"

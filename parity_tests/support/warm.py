@@ -28,6 +28,24 @@ SMALL = ModelConfig(
 COMPUTE = ComputeConfig(attention="plain", moe="dense")
 
 
+def llama_config(**changes):
+    import transformers
+
+    sizes = {
+        "vocab_size": SMALL.vocab_size,
+        "hidden_size": SMALL.hidden_size,
+        "num_hidden_layers": SMALL.num_layers,
+        "num_attention_heads": SMALL.num_heads,
+        "num_key_value_heads": SMALL.num_kv_heads,
+        "head_dim": SMALL.v_head_dim,
+        "intermediate_size": SMALL.moe_intermediate_size,
+        "rms_norm_eps": SMALL.rms_norm_eps,
+        "rope_theta": THETA,
+        "tie_word_embeddings": True,
+    }
+    return transformers.LlamaConfig(**sizes | changes)
+
+
 def torch_model(config: ModelConfig, values):
     from torch_ref.model import Model
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch_ref.spec.storage import size_in_words
 from train.plan.cards import Card
-from train.plan.hlo import COLLECTIVES, Executed, Program, is_host_transfer, kind, shape_bytes
+from train.plan.hlo import COLLECTIVES, Executed, Program, is_host_transfer, kind
 from train.plan.programs import CompiledProgram
 
 REACHED = 0.65
@@ -49,7 +49,10 @@ class Reading:
         """Seconds of a run of the program without its collectives, where the model's FLOPs are known: an estimate."""
         if self.flops is None:
             return None
-        return (self.moved / self.card.bandwidth + self.flops / self.peak) / REACHED
+        own = sum(
+            one.times * self.program.moved(one) for one in self.program.kernels if kind(one.instruction) != "collective"
+        )
+        return (own / self.card.bandwidth + self.flops / self.peak) / REACHED
 
     @property
     def host_transfers(self) -> list[str]:
@@ -66,10 +69,7 @@ class Reading:
 
     @property
     def collectives(self) -> list[Executed]:
-        def is_one(opcode: str) -> bool:
-            return opcode.removesuffix("-start") in COLLECTIVES
-
-        return [one for one in self.program.executed if is_one(one.instruction.opcode)]
+        return [one for one in self.program.executed if one.instruction.work in COLLECTIVES]
 
     def lines(self) -> list[str]:
         memory, kernels, card = self.made.memory, self.kernels, self.card
@@ -105,8 +105,8 @@ class Reading:
         """Like ones together, with the bytes that one device gets or gives in all."""
         found: dict[tuple[str, int], list[int]] = {}
         for one in self.collectives:
-            size = max(self._results(one))
-            group = found.setdefault((one.instruction.opcode.removesuffix("-start"), one.loops), [0, 0, 0])
+            size = max(sum(self.program.given(one)), self.program.result(one))
+            group = found.setdefault((one.instruction.work, one.loops), [0, 0, 0])
             group[0] += 1
             group[1] += one.times
             group[2] += one.times * size
@@ -115,12 +115,3 @@ class Reading:
             where = f"inside {loops} loop{'s' if loops > 1 else ''}" if loops else "outside all loops"
             lines.append(f"{name:20} {written} written, {times} executed, {size_in_words(size)}, {where}")
         return lines
-
-    def _results(self, one: Executed) -> list[int]:
-        """Bytes of what goes in and what comes out."""
-        given = sum(
-            shape_bytes(self.program.shapes.get((one.computation, name), "")) for name in one.instruction.operands
-        )
-        whole = shape_bytes(one.instruction.shape)
-        # The type of a -start holds what is given and what comes.
-        return [given, whole - given if one.instruction.opcode.endswith("-start") and whole > given else whole]

@@ -16,7 +16,7 @@ BYTES |= {"s64": 8, "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5}
 
 NO_KERNEL = set(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
-    "opt-barrier add-dependency async-start async-update async-done".split()
+    "opt-barrier add-dependency async".split()
 )
 COLLECTIVES = "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute".split()
 HOST = {"infeed", "outfeed", "send", "recv"}
@@ -37,6 +37,11 @@ class Instruction(NamedTuple):
         """The computation, number or text behind `name=`."""
         found = re.search(rf"\b{name}=\"?%?([^,\s\"}}]+)", self.attributes)
         return found[1] if found else None
+
+    @property
+    def work(self) -> str:
+        """The opcode, of an asynchronous instruction that of what it starts: `fusion` of a `fusion-start`."""
+        return self.opcode.removesuffix("-start")
 
     @property
     def trips(self) -> int | None:
@@ -106,7 +111,7 @@ class Program:
             elif line.opcode == "conditional":
                 branches = [list(self._walk(branch, times, loops)) for branch in self.branches(line)]
                 yield from max(branches, key=lambda branch: sum(computes(each.instruction) for each in branch))
-            elif line.opcode == "call":
+            elif line.work == "call":
                 yield from self._walk(line.attribute("to_apply") or line.attribute("calls"), times, loops)
             elif line.opcode == "async-start" and line.attribute("calls"):
                 yield from self._walk(line.attribute("calls"), times, loops)
@@ -128,10 +133,9 @@ class Program:
         line = one.instruction
         if not is_kernel(line):
             return 0
-        inside = self.computations.get(line.attribute("calls") or "", []) if line.opcode == "fusion" else [line]
-        if line.opcode != "fusion":
-            reads = [shape_bytes(self.shapes.get((one.computation, name), "")) for name in line.operands]
-            return self._outside(line, reads)
+        if line.work != "fusion":
+            return self._outside(one)
+        inside = self.computations.get(line.attribute("calls") or "", [])
         shapes = {each.name: each.shape for each in inside}
         updated = set()
         written = 0
@@ -152,14 +156,23 @@ class Program:
             read += sum(shape_bytes(user.shape) for user in users) if sliced else shape_bytes(each.shape)
         return written + read
 
-    @staticmethod
-    def _outside(line: Instruction, reads: list[int]) -> int:
-        """The same of an instruction that is a kernel by itself."""
-        if line.opcode in ("dynamic-slice", "gather", "slice"):
-            return 2 * shape_bytes(line.shape)
-        if line.opcode == "dynamic-update-slice":
-            return 2 * reads[1]
-        return shape_bytes(line.shape) + sum(reads)
+    def given(self, one: Executed) -> list[int]:
+        """Bytes of each operand."""
+        return [shape_bytes(self.shapes.get((one.computation, name), "")) for name in one.instruction.operands]
+
+    def result(self, one: Executed) -> int:
+        """Bytes of what an instruction gives. The type of a -start, but an all-reduce's, holds what it was
+        given, too."""
+        whole, given = shape_bytes(one.instruction.shape), sum(self.given(one))
+        return whole - given if one.instruction.opcode.endswith("-start") and whole > given else whole
+
+    def _outside(self, one: Executed) -> int:
+        """`moved` of an instruction that is a kernel by itself."""
+        if one.instruction.work in ("dynamic-slice", "gather", "slice"):
+            return 2 * self.result(one)
+        if one.instruction.work == "dynamic-update-slice":
+            return 2 * self.given(one)[1]
+        return self.result(one) + sum(self.given(one))
 
     def _results(self, inside: list[Instruction]) -> list[Instruction]:
         """What a fused computation gives, behind tuples and bitcasts."""
@@ -186,7 +199,7 @@ class Program:
 
 def is_kernel(line: Instruction) -> bool:
     """Whether the device starts something for it."""
-    return line.opcode not in NO_KERNEL and not line.opcode.endswith("-done")
+    return line.work not in NO_KERNEL and not line.opcode.endswith(("-update", "-done"))
 
 
 def computes(line: Instruction) -> bool:
@@ -202,16 +215,16 @@ def kind(line: Instruction) -> str:
             if name.startswith(start):
                 return maker
         return f"library call {name}"
-    if any(line.opcode.startswith(collective) for collective in COLLECTIVES):
+    if line.work in COLLECTIVES:
         return "collective"
-    if line.opcode == "fusion":
+    if line.work == "fusion":
         made = re.search(r'"kind":"(__[a-z_]+)"', line.attributes)
         if made and "gemm" in made[1]:
             return "product (Triton, by XLA)"
         if made and "triton" in made[1]:
             return "fused loop (Triton, by XLA)"
         return "fused loop"
-    return "copy" if line.opcode.startswith("copy") else line.opcode
+    return "copy" if line.opcode.startswith("copy") else line.work
 
 
 def is_host_transfer(line: Instruction) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from torch_ref.checkpoint import load, write_tensors
 from torch_ref.spec.config import ComputeConfig, ModelConfig
-from torch_ref.spec.interface import IGNORE
+from torch_ref.spec.interface import IGNORE, UserError
 from torch_ref.spec.parameters import Parameter, parameter_table
 from train.data.packing import Rows
 from train.warm_start.attention import Calibration
@@ -194,6 +194,7 @@ def distill(
 ) -> list[float]:
     """Train a dense model so that its predictions become the teacher's, or (by `text_weight`) the text's. Returns the
     mean over tokens of KL(targets || model) before each step, in nats; `stepped` gets it too. Rows are taken in order.
+    Raises `UserError` where it is not finite.
 
     The embedding stays as it is, and so do MLPs unless they have a learning rate: they hold what the teacher knows, and
     are not what was replaced. The file `saved` holds the state after every `SAVE_STEPS` steps, from which a later call
@@ -235,6 +236,11 @@ def distill(
             next_tokens,
             text_weight,
         )
+        if not math.isfinite(divergence):
+            raise UserError(
+                f"the distillation has diverged by step {step + 1}: lower --distill-learning-rate or "
+                "--distill-mlp-learning-rate"
+            )
         optimizer.zero_grad()
         hidden.backward(upstream.to(hidden.dtype))
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)

@@ -73,7 +73,7 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     rates = "fit_learning_rate", "distill_learning_rate", "distill_mlp_learning_rate"
     for name in ("fit_steps", "distill_steps", "seed", *rates):
-        if getattr(options, name) < 0:
+        if not getattr(options, name) >= 0:  # not a number either
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
     if options.distill_steps and not options.distill_learning_rate and not options.distill_mlp_learning_rate:
         raise UserError(
@@ -87,6 +87,10 @@ def check_options(options: WarmStartOptions, config: ModelConfig) -> None:
         for length in lengths:
             if not 2 <= length <= config.max_position:
                 raise UserError(f"{name} {length}: must be from 2 to the model's max_position = {config.max_position}")
+    texts = (options.dataset, *options.also_measure)
+    for name in options.also_measure:
+        if texts.count(name) > 1:  # of the dataset, its training documents would be measured as if held out
+            raise UserError(f"--also-measure {name}: is measured already (--dataset, or named twice)")
     if options.out.resolve() == Path.cwd():  # replaced, it would leave the shell in a removed one
         raise UserError(f"--out {options.out}: is the current folder; name a new one")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 CALIBRATION_ROWS = 8
 """Fit rows that the closed form takes its statistics from."""
 CHECK_ROWS = 4
-"""Held-out rows that a layer's error is measured on."""
+"""Held-out rows, at most, that a layer's error is measured on."""
 JUDGE_SHARE = 8
 """One in so many fit rows is not learned from, but decides whether the fit was a gain."""
 FORWARD_ROWS = 8
@@ -144,7 +144,8 @@ class Stages:
         scored = held_out.targets.ravel() >= 0
         if not scored.any():
             raise UserError(f"--dataset {self.options.dataset}: too few documents to hold any out; name a larger one")
-        tokens = {self.options.dataset: [int(held_out.inputs[0, 0]), *held_out.targets.ravel()[scored].tolist()]}
+        own = [int(held_out.inputs[0, 0]), *held_out.targets.ravel()[scored].tolist()]
+        tokens = {self.options.dataset: own[: self.options.measure_tokens + 1]}
         for name in self.options.also_measure:
             tokens[name] = self.tokens_of(name)
         return {
@@ -193,7 +194,7 @@ class Stages:
                 x = teacher.normed(hidden, layer.input_norm)
                 wanted = torch.cat([teacher.attention(index, part, rotation) for part in x.split(FORWARD_ROWS)])
                 if index in missing:
-                    done = self.one_layer(index, x, wanted, settings, lambda: progress.advance(bar))
+                    done = self.one_layer(index, x, wanted, len(check), settings, lambda: progress.advance(bar))
                     self.work.save_layer(index, *done)
                 progress.update(bar, completed=(index + 1) * (options.fit_steps + 1))
                 hidden += wanted
@@ -207,15 +208,16 @@ class Stages:
         index: int,
         x: Float[Tensor, "rows seq hidden"],
         wanted: Float[Tensor, "rows seq hidden"],
+        checked: int,
         settings: AdamWSettings,
         stepped: Callable[[], None],
     ) -> tuple[dict[str, LayerWeights], dict[str, float]]:
-        """Weights by stage and measurements of one layer; the first `CHECK_ROWS` rows are held out."""
+        """Weights by stage and measurements of one layer; the first `checked` rows are held out."""
         import torch
 
-        seen = calibrate(self.teacher, index, x[CHECK_ROWS : CHECK_ROWS + CALIBRATION_ROWS])
+        seen = calibrate(self.teacher, index, x[checked : checked + CALIBRATION_ROWS])
         new = convert_attention(self.config, self.teacher.attention_weights(index), seen)
-        error = attention_error(self.config, new.weights, x[:CHECK_ROWS], wanted[:CHECK_ROWS])
+        error = attention_error(self.config, new.weights, x[:checked], wanted[:checked])
         stages = {"converted": new.weights}
         facts = {
             "rope_energy": new.rope_energy,
@@ -223,8 +225,8 @@ class Stages:
             "converted": error,
         }
         if settings.steps:
-            judged = (len(x) - CHECK_ROWS) // JUDGE_SHARE
-            learned, judge = slice(CHECK_ROWS, len(x) - judged), slice(len(x) - judged if judged else CHECK_ROWS, None)
+            judged = (len(x) - checked) // JUDGE_SHARE
+            learned, judge = slice(checked, len(x) - judged), slice(len(x) - judged if judged else checked, None)
             with torch.enable_grad():
                 fitted = fit_attention(
                     self.config,
@@ -235,12 +237,13 @@ class Stages:
                     self.options.seed + index,
                     stepped,
                 )
-            # A layer that the closed form has nearly right can lose by the fit's noise: it is then left as it was.
-            candidates = (fitted, new.weights)
+            # A layer that the closed form has nearly right can lose by the fit's noise: it is then left as it was. So
+            # is one whose fit diverged: its error, NaN, is below no other.
+            candidates = (new.weights, fitted)
             stages["fitted"] = min(
                 candidates, key=lambda one: attention_error(self.config, one, x[judge], wanted[judge])
             )
-            facts["fitted"] = attention_error(self.config, stages["fitted"], x[:CHECK_ROWS], wanted[:CHECK_ROWS])
+            facts["fitted"] = attention_error(self.config, stages["fitted"], x[:checked], wanted[:checked])
         return stages, facts
 
     def distill(self, model: Model, rows: Rows) -> None:
@@ -273,7 +276,8 @@ class Stages:
         return lambda tokens: model(tokens, self.compute).hidden
 
     def measure(self, stage: str, texts: Texts, hidden_of: HiddenOf, embedding: Tensor, made_by: str = "") -> None:
-        """Losses of a stage on every text, or those that an interrupted run has measured before."""
+        """Losses of a stage on every text, or those that an interrupted run has measured before. Raises `UserError`
+        where one is not finite: nothing that comes of such a model is worth keeping."""
         file = self.work.folder / f"losses-{stage}.json"
         sums = {
             name: {str(length): int(rows.inputs.sum()) for length, rows in by_length.items()}
@@ -286,8 +290,11 @@ class Stages:
                 found = {"identity": identity, "losses": losses_of(texts, hidden_of, embedding)}
                 write_json(file, found)
         self.report["losses"][stage] = found["losses"]
-        losses = [f"{loss:.4f}" for by_length in found["losses"].values() for loss in by_length.values()]
-        self.console.print(f"{stage}: loss {' '.join(losses)}")
+        losses = [loss for by_length in found["losses"].values() for loss in by_length.values()]
+        self.console.print(f"{stage}: loss {' '.join(f'{loss:.4f}' for loss in losses)}")
+        if not np.isfinite(losses).all():
+            cause = {"original": f"--from {self.options.source}", "distilled": "--distill-learning-rate is too high"}
+            raise UserError(f"{cause.get(stage, stage)}: the loss of the {stage} model is not finite")
 
     def expert_load(self, model: Model, rows: Int32[np.ndarray, "rows seq"]) -> list[float]:
         """Largest load over mean load, by layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,13 +188,38 @@ def read_teacher(source: str) -> tuple[Any, dict[str, Tensor], TextTokenizer]:
             raise UserError(f"--from {source}: no such folder, and not a name on the Hub")
         arguments = {"pretrained_model_name_or_path": source}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            **arguments, dtype=torch.float32, output_loading_info=True
+        )
     except ImportError as error:
         raise UserError(f"--from {source}: {in_one_line(error)}; a GGUF file needs gguf and accelerate") from None
     except Exception as error:
         raise UserError(f"--from {source}: cannot be read: {in_one_line(error)}") from error
     weights = {name: value.detach() for name, value in model.state_dict().items()}
+    if model.config.model_type == "llama":  # another is refused by that
+        check_weights(source, model.config, weights, **loaded)
     return model.config, weights, _gguf_tokenizer(path) if path.suffix == ".gguf" else load_tokenizer(source)
+
+
+def check_weights(
+    source: str,
+    config: Any,
+    weights: dict[str, Tensor],
+    missing_keys: Iterable[str] = (),
+    unexpected_keys: Iterable[str] = (),
+    **_: Any,
+) -> None:
+    """Raises `UserError` where `transformers` made another model of a checkpoint than was trained: it draws what is
+    missing at random, leaves out what it has no place for, and unties an output layer of other values, with no more
+    than a warning."""
+    for key in sorted(missing_keys):
+        raise UserError(f"--from {source}: {key} is missing in its weights")
+    for key in sorted(unexpected_keys):
+        if not key.endswith("rotary_emb.inv_freq"):  # old checkpoints hold what follows from rope_theta
+            raise UserError(f"--from {source}: {key} is among its weights, which a Llama of its config does not have")
+    head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+    if config.tie_word_embeddings and not (head.shape == embedding.shape and bool((head == embedding).all())):
+        raise UserError(f"--from {source}: lm_head.weight differs from the embedding, but tie_word_embeddings is True")
 
 
 def _gguf_tokenizer(path: Path) -> TextTokenizer:
