@@ -122,10 +122,11 @@ def test_other_data_is_refused_and_other_versions_are_named(straight: Stage) -> 
     straight.data.identity["files"] = {"a": "2"}
     with pytest.raises(UserError, match="files: a was 1, is 2"):
         straight.train()
+    assert not straight.data.scored_is_kept, "the next start would take the rows of this one for what they were"
     straight.prepare(small_options(extended_steps=4))
     straight.data.identity["versions"] = {"numpy": "2"}
     assert straight.train() == COMPLETE
-    assert "Warning: changed since the checkpoint: numpy was 1, is 2" in straight.text
+    assert "Warning: changed since the checkpoint: numpy was 1, is 2" in straight.text and straight.data.scored_is_kept
 
 
 def test_going_back_to_an_older_checkpoint_is_refused(straight: Stage) -> None:

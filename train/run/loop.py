@@ -208,6 +208,7 @@ class Run:
             return
         require_disk(self.options, self.run_dir)
         self._write_settings()
+        self.data.keep_scored()
         for change in self.origin.changes:
             self.log.warn(f"changed since the checkpoint: {change}")
         self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
