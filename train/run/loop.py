@@ -314,10 +314,13 @@ class Run:
 
     def pay_what_is_owed(self) -> None:
         """Validation and sample of this step. Raises `Stop` on a signal; what was not done then stays owed."""
+        was_finished = self.finished
         while self.progress.owed:
             self.catch_up()
             {"validation": self.validate, "sample": self.sample}[self.progress.owed[0]]()
             del self.progress.owed[0]
+        if self.finished and not was_finished:
+            self.saved_step = None  # a checkpoint of this step, which a signal left, does not know that it is the last
 
     def heed_signals(self, *_: object) -> None:
         """Raises `Stop` if a signal has come to any process, unless the run is at its end anyway."""
