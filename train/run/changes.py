@@ -53,7 +53,7 @@ def changes_since(
 
 
 def _exact(identity: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The identity of data with the weights of several datasets as the settings have them: it has six digits of each."""
+    """The identity of data with the weights of several datasets as settings have them: it has six digits of each."""
     if "weights" not in identity:
         return identity
     weights = settings.get("dataset_weights") or [1.0] * len(identity["weights"].split())
