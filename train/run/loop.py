@@ -112,6 +112,8 @@ class Run:
                 with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
                     batches = self.together.ahead(stream)
                     self.log.show_progress(self.step)
+                    if self.saved_step is None and self.step == self.progress.rolled_back_at > 0:
+                        self.save()
                     self.pay_what_is_owed()
                     while not self.finished:
                         tracing.before_step()
