@@ -27,7 +27,7 @@ import tyro
 from torch_ref.spec.config import PRESETS, ModelConfig, SpecificationError
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import user_path
-from train.run.options import GROUPS, REPEATED, SECTIONS, Options, RunOptions, flag
+from train.run.options import GROUPS, OF_ONE_START, REPEATED, SECTIONS, Options, RunOptions, flag
 from train.shell import parse_flags
 from train.state.source import config_of, locate, settings_of
 
@@ -72,7 +72,8 @@ def hyphenated(word: str) -> str:
 
 
 CARRIED = {"preset", "seed", "dtype"} | {field.name for group in SECTIONS[2:] for field in dataclasses.fields(group)}
-"""Settings that a checkpoint brings along: all but where files go and how a device computes."""
+CARRIED -= set(OF_ONE_START)
+"""Settings that a checkpoint brings along: all but where files go, how a device computes and what limits one start."""
 
 
 def preset_values(preset: str) -> dict[str, Any]:

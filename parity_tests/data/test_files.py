@@ -142,6 +142,11 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert "linked again, loop (a link to a folder searched already)" in source.notes[1]
     assert "gone.txt (a link to nothing)" in source.notes[1]
     assert names_of(tmp_path / "corpus", former=True) == ["b.txt", "c.txt"]
+    assert source.notes[2].startswith("1 of these files are others once more"), "c.txt is linked/a.txt"
+    source = FileSource(str(tmp_path / "corpus" / "**" / "*.txt"))
+    again = len(source.files) - 2
+    assert again > 30 and source.notes[1].startswith(f"{again} of these files are others once more, through links")
+    assert len(FileSource(str(tmp_path / "elsewhere")).notes) == 1
 
 
 @pytest.fixture

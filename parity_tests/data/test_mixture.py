@@ -194,6 +194,11 @@ def test_without_held_out_rows_the_first_dataset_is_the_judge(with_validation, t
 
 
 def test_validation_datasets_may_change_and_it_is_told(with_validation, tmp_path):
+    def goes_on(options):
+        data = open_data(options, tmp_path / "run", resume=True)
+        data.keep_scored()
+        return data
+
     first = open_data(with_validation, tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "data.json").read_text())["validation"]
     assert list(kept) == ["news", "book"]
@@ -201,18 +206,19 @@ def test_validation_datasets_may_change_and_it_is_told(with_validation, tmp_path
     more = dataclasses.replace(
         with_validation, validation_dataset=[*with_validation.validation_dataset, f"b={tmp_path / 'book.txt'}"]
     )
-    second = open_data(more, tmp_path / "run", resume=True)
+    open_data(more, tmp_path / "run", resume=True)  # of a start that is then refused nothing is kept
+    second = goes_on(more)
     assert compare_identity(first.identity, second.identity) == []
     assert [note for note in second.notes if "is not what it was" in note] == [
         "validation dataset book is not what it was: its curve goes on with other text"
     ]
-    third = open_data(more, tmp_path / "run", resume=True)
+    third = goes_on(more)
     assert not [note for note in third.notes if "is not what it was" in note]
     assert same(take(first, 5), take(third, 5))
     # What was kept of one stays while the run goes on without it.
-    open_data(dataclasses.replace(more, validation_dataset=more.validation_dataset[:1]), tmp_path / "run", resume=True)
+    goes_on(dataclasses.replace(more, validation_dataset=more.validation_dataset[:1]))
     (tmp_path / "book.txt").write_text("a third book")
-    fourth = open_data(more, tmp_path / "run", resume=True)
+    fourth = goes_on(more)
     assert sum("is not what it was" in note for note in fourth.notes) == 2
 
 

@@ -168,6 +168,10 @@ def test_a_file_is_refused_by_name(tmp_path: Path, toml: str, named: str) -> Non
             ["--batch-size", "6", "--micro-batch-size", "4"],
             "--batch-size 6: must be a multiple of --micro-batch-size 4",
         ),
+        (
+            ["--seq-len", "1", "--max-position", "1"],
+            "--sample-interval 500: --max-position 1 has no room for a prompt and a token; give 0",
+        ),
         (["--seq-len", "4096"], "--seq-len 4096: must be at most --max-position 2048"),
         (["--patience", "3", "--eval-interval", "0"], "--patience 3: needs validation"),
         (["--patience", "3", "--validation-fraction", "0"], "--patience 3: needs validation"),
@@ -252,11 +256,12 @@ def test_a_batch_may_be_smaller_than_a_micro_batch() -> None:
 
 @pytest.mark.parametrize("argv", [[], ["--preset", "tiny"], ["--eps", "1e-09", "--prompt", 'He said "hm\\n"']])
 def test_the_settings_file_reads_back(tmp_path: Path, argv: list[str]) -> None:
-    options = read(*argv, "--run-dir", "somewhere", "--find-lr")
+    options = read(*argv, "--run-dir", "somewhere", "--find-lr", "--max-minutes", "55")
     file = tmp_path / "settings.toml"
     file.write_text(options.to_toml())
     # What belongs to one start of a run is not in it.
-    assert read("--config", str(file)) == dataclasses.replace(options, run_dir=None, find_lr=False, config=file)
+    of_one_start = {"run_dir": None, "find_lr": False, "max_minutes": 0.0}
+    assert read("--config", str(file)) == dataclasses.replace(options, **of_one_start, config=file)
 
 
 def test_flags_are_flat_the_same_everywhere_and_kept(capsys: pytest.CaptureFixture) -> None:
@@ -359,7 +364,7 @@ def test_where_a_run_starts_may_stand_in_a_file(tmp_path: Path, monkeypatch: pyt
     options = read("--config", str(file))
     assert (options.init_from, options.model, options.tokenizer) == (folder, config, str(folder))
 
-    stored = dataclasses.replace(options, learning_rate=0.5, tokenizer="bpe").to_dict()
+    stored = dataclasses.replace(options, learning_rate=0.5, tokenizer="bpe", max_minutes=55.0).to_dict()
     weights = {row.name: value for row, value in initial_values(config, 0)}
     for number in (1, 2):
         meta = {"options": stored | {"seed": number}}
@@ -368,6 +373,7 @@ def test_where_a_run_starts_may_stand_in_a_file(tmp_path: Path, monkeypatch: pyt
     options = read("--config", str(file))
     assert (options.resume_from, options.seed, options.model) == (tmp_path / "state 1", 1, config)
     assert (options.learning_rate, options.tokenizer, options.warmup_steps) == (0.5, "bpe", 7)
+    assert options.max_minutes == 0, "the limit of another run's start"
     options = read("--config", str(file), "--resume-from", str(tmp_path / "state 2"))
     assert (options.resume_from, options.seed) == (tmp_path / "state 2", 2)
     # Its learning rate goes on: a sweep would come to nothing, and unsaid.

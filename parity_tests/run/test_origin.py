@@ -112,6 +112,22 @@ def test_what_auto_chose_on_another_device_is_no_change(tmp_path: Path) -> None:
         changes(automatic=["remat"])
 
 
+def test_weights_of_datasets_are_compared_to_the_last_digit(tmp_path: Path) -> None:
+    """The identity of the data, which checkpoints of before have too, holds six of them."""
+    names, third, half = ("a", "b"), (0.33333333, 0.66666667), (0.5, 0.5)
+
+    def changes(before: tuple[float, ...], now: tuple[float, ...]) -> list[str]:
+        options = [small_options(dataset=names, dataset_weights=weights) for weights in (before, now)]
+        data = [{"weights": " ".join(f"{dataset.weight:g}" for dataset in each.datasets())} for each in options]
+        meta = json.loads(json.dumps({"options": options[0].to_dict(), "data": data[0]}))
+        return changes_since(tmp_path / "step_5", meta, options[1], [], data[1], 5)
+
+    assert changes(third, third) == changes((), (1.0, 1.0)) == changes((3.0, 1.5), (3.0, 1.5)) == []
+    for before, now in ((third, (0.3333333, 0.66666667)), (half, (0.5, 0.50000001)), ((), half)):
+        with pytest.raises(UserError, match=r"weights was \S+ \S+, is "):
+            changes(before, now)
+
+
 def test_harmless_changes_are_not_refused(straight: Stage) -> None:
     changes = {"checkpoint_interval": 3, "eval_interval": 2, "micro_batch_size": 1, "remat": "layers", "patience": 9}
     assert straight.train(extended_steps=4, **changes) == COMPLETE
@@ -122,10 +138,11 @@ def test_other_data_is_refused_and_other_versions_are_named(straight: Stage) -> 
     straight.data.identity["files"] = {"a": "2"}
     with pytest.raises(UserError, match="files: a was 1, is 2"):
         straight.train()
+    assert not straight.data.scored_is_kept, "the next start would take the rows of this one for what they were"
     straight.prepare(small_options(extended_steps=4))
     straight.data.identity["versions"] = {"numpy": "2"}
     assert straight.train() == COMPLETE
-    assert "Warning: changed since the checkpoint: numpy was 1, is 2" in straight.text
+    assert "Warning: changed since the checkpoint: numpy was 1, is 2" in straight.text and straight.data.scored_is_kept
 
 
 def test_going_back_to_an_older_checkpoint_is_refused(straight: Stage) -> None:

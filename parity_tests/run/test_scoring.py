@@ -70,12 +70,16 @@ def test_validation_cadence(stage: Stage, interval: int, at: list[int]) -> None:
     assert [record["step"] for record in stage.records("validation")] == at
 
 
-def test_early_stopping_ends_the_run_and_survives_a_resume(stage: Stage) -> None:
+@pytest.mark.parametrize("at_step", [7, 10])
+def test_early_stopping_ends_the_run_and_survives_a_resume(
+    stage: Stage, at_step: int, capsys: pytest.CaptureFixture
+) -> None:
+    """Also one that comes before the last validation, which the checkpoint then owes."""
     losses = {2: 3.0, 4: 2.0, 6: 1.95, 8: math.nan, 10: 2.5}
     settings = {"eval_interval": 2, "patience": 3, "min_delta": 0.1}
     stage.prepare(small_options(**settings))
     stage.backend.validation_losses = losses.get
-    stage.backend.before_step = kill_at(signal.SIGINT, 7)
+    stage.backend.before_step = kill_at(signal.SIGINT, at_step)
     assert stage.train() == 130
     stage.prepare(small_options(**settings))
     stage.backend.validation_losses = losses.get
@@ -91,7 +95,7 @@ def test_early_stopping_ends_the_run_and_survives_a_resume(stage: Stage) -> None
 
     stage.prepare(small_options(**settings))
     assert stage.train() == COMPLETE
-    assert stage.data.given == []
+    assert stage.data.given == [] and "Nothing is left to do" in capsys.readouterr().out
     # With more patience it goes on.
     stage.prepare(small_options(**settings | {"patience": 99}))
     assert stage.train() == COMPLETE

@@ -120,6 +120,36 @@ def test_an_interruption_changes_nothing(tmp_path: Path, at_step: int, keep: int
     assert stage.records("spike") == straight.records("spike") != []
 
 
+@pytest.mark.parametrize("origin", [30, 32])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_branched_off_goes_back_to_where_it_began(tmp_path: Path, origin: int, interrupted: bool) -> None:
+    """Most often that is why it began there: the other run diverged."""
+    other = prepared(tmp_path / "other", 34, spike_action="warn")
+    jump, stop = other.backend.before_step, kill_at(2, origin)
+    other.backend.before_step = lambda step: (jump(step), stop(step))
+    assert other.train() == 130
+    checkpoint = other.run_dir / f"checkpoints/step_{origin}.npz"
+    stage = prepared(tmp_path / "run", 34, resume_from=checkpoint, keep_checkpoints=1)
+    if interrupted:
+        jump, stop_again = stage.backend.before_step, kill_at(2, 36)
+        stage.backend.before_step = lambda step: (jump(step), stop_again(step))
+        assert stage.train() == 130
+        checkpoint.unlink()
+        stage.prepare(stage.options)
+        spiking(stage, 34)
+    assert stage.train() == COMPLETE
+    assert [(r["step"], r["rolled_back_to"]) for r in stage.records("spike")] == [(37, origin)]
+    assert stage.losses()[-1][0] == 50 and stage.losses()[-1][1] < 1.5 * stage.losses()[0][1]
+
+
+def test_what_a_run_began_within_a_row_of_spikes_is_not_good(tmp_path: Path) -> None:
+    other = prepared(tmp_path / "other", 34, spike_action="warn")
+    assert other.train() == COMPLETE
+    stage = prepared(tmp_path / "run", resume_from=other.run_dir / "checkpoints/step_35.npz")
+    assert stage.train() == COMPLETE
+    assert [(r["step"], r["rolled_back_to"]) for r in stage.records("spike")] == [(37, None)]
+
+
 @pytest.mark.parametrize("moment", ["in the validation", "after the step"])
 def test_what_is_due_at_the_step_of_a_rollback_is_not_lost(tmp_path: Path, moment: str) -> None:
     def validating(name: str) -> Stage:

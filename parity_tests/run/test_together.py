@@ -110,8 +110,9 @@ def test_a_process_without_more_text_has_rows_until_all_know(tmp_path: Path, ahe
     stage = Stage(tmp_path / "other")
     peer(stage, lambda asked: (), ahead)
     stage.data.fails_at = 0
-    with pytest.raises(UserError, match="batch 0 fell under the table"):
+    with pytest.raises(UserError, match="process 1: dice: batch 0 fell under the table"):
         stage.train()
+    assert capsys.readouterr().err == "", "the command says what it raises"
 
 
 def test_what_must_be_the_same_is_compared():

@@ -370,7 +370,8 @@ REFUSALS = {
     "empty": "nothing to read there; give a run folder",
     "text": "cannot be read; give",
     "target in use": "exists already; name a new folder",
-    "target below a file": "state.json",
+    "target below a file": "state.json/out: cannot be made (",
+    "target where nothing can be": "/proc/out: cannot be made (",
     "half precision": "--dtype bfloat16",
     "pickle": "not a whole checkpoint (cut short, or not a file of torch tensors)",
 }
@@ -394,6 +395,8 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, fault):
         (target / "mine").write_text("x")
     elif fault == "target below a file":
         target = source / "state.json" / "out"
+    elif fault == "target where nothing can be":
+        target = Path("/proc/out")
     elif fault == "half precision":
         form, extra = "neutral", ["--dtype", "bfloat16"]
     elif fault == "pickle":

@@ -224,10 +224,14 @@ class FakeData:
         """Number (from 0) of the batch that cannot be read."""
         self.given: list[int] = []
         self.closed = 0
+        self.scored_is_kept = False
 
     def _rows(self, count: int, seed: int) -> Rows:
         tokens = np.random.default_rng(seed).integers(1, 9, (count, self.options.seq_len + 1), dtype=np.int32)
         return Rows(tokens[:, :-1].copy(), tokens[:, 1:].copy())
+
+    def keep_scored(self) -> None:
+        self.scored_is_kept = True
 
     def batches(self, cursor: dict | None = None) -> Iterator[FakeBatch]:
         number = cursor["batch"] if cursor else 0

@@ -205,13 +205,14 @@ def _read_header(path: Path) -> Iterator[tuple[TensorSpec, int]]:
 def fresh_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well and goes when it does not.
 
-    Raises `UserError` if `target` exists and holds something.
+    Raises `UserError` if `target` exists and holds something, or cannot be made.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists already; name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with _made(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target}: exists already; name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         partial.chmod(0o755)
         yield partial
@@ -308,8 +309,15 @@ def _sync(descriptor: int) -> None:
 
 def make_folder(folder: Path) -> None:
     """Raises `UserError` where a folder cannot be made."""
-    try:
+    with _made(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A block that makes a folder. Raises `UserError` where it cannot."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
 

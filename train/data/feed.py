@@ -248,8 +248,20 @@ class Data:
             **({"rules": rules} if rules == RULES else {}),
         }
 
+    def keep_scored(self) -> None:
+        """Keep what is scored from here on: validation datasets may change. Not before the run is known to go on, for
+        with other settings, such as another tokenizer, they are other rows."""
+        new = self._kept._replace(validation={**(self._kept.validation or {}), **self._own_scored} or None)
+        if new != self._kept:
+            self._write_kept(new)
+
+    @property
+    def _own_scored(self) -> dict[str, str]:
+        """`scored` of the validation datasets."""
+        return {name: rows for name, rows in self.scored.items() if name != HELD_OUT}
+
     def _keep(self, kept: Kept, folder: Path, resume: bool) -> None:
-        """What the run is to go on with. On resume: what is missing, and validation datasets, which may change."""
+        """What the run is to go on with. On resume: what is missing."""
         missing = not all((folder / name).exists() for name in (KEPT_FILE, "tokenizer.json", CONFIG_FILE))
         if not resume or missing:
             self.tokenizer.save(folder)
@@ -257,15 +269,19 @@ class Data:
         if not resume or missing:
             names = [corpus.name for corpus in self.corpora]
             revisions = [corpus.source.identity.get("revision") for corpus in self.corpora]
-            new = Kept(_one(names), _one(revisions), self.options.tokenizer, kept.rules)
-        own = {name: rows for name, rows in self.scored.items() if name != HELD_OUT}
-        for name in own.keys() & (kept.validation or {}).keys():
-            if own[name] != kept.validation[name]:
+            scored = kept.validation if resume else self._own_scored or None
+            new = Kept(_one(names), _one(revisions), self.options.tokenizer, kept.rules, scored)
+        for name, rows in (kept.validation or {}).items():
+            if self.scored.get(name, rows) != rows:
                 self.notes.append(f"validation dataset {name} is not what it was: its curve goes on with other text")
-        new = new._replace(validation={**(kept.validation or {}), **own} or None)
+        self._folder, self._kept = folder, new
         if not resume or new != kept:
-            values = {name: value for name, value in new._asdict().items() if name != "validation" or value}
-            write_whole(folder / KEPT_FILE, (json.dumps(values, indent=2) + "\n").encode())
+            self._write_kept(new)
+
+    def _write_kept(self, new: Kept) -> None:
+        values = {name: value for name, value in new._asdict().items() if name != "validation" or value}
+        write_whole(self._folder / KEPT_FILE, (json.dumps(values, indent=2) + "\n").encode())
+        self._kept = new
 
     # --------------------------------------------------------------------------------------------------- validation
 

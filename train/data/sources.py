@@ -7,6 +7,7 @@ makes one document (`corpus.py`): a row of a table, a JSON object, a text file. 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -115,6 +116,8 @@ class FileSource:
         """What to say of it in the log."""
         if found.left_out:
             self.notes.append(in_words(found.left_out))
+        if again := len(self.files) - len({os.path.realpath(file) for file in self.files}):
+            self.notes.append(f"{again:,} of these files are others once more, through links, and are read once more")
         if former and kinds & set(TEXTS):
             self.notes.append(
                 f"text files are cut into documents of {document_bytes} bytes, as they were when the run began"

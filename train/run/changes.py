@@ -40,7 +40,7 @@ def changes_since(
     told = [f"{flag(name)} was {stored[name]}, now {now[name]}" for name in extended]
     stored = stored | {name: now[name] for name in extended}
     differences = trajectory_differences(stored, now)
-    data_differences = compare_identity(meta["data"], identity)
+    data_differences = compare_identity(_exact(meta["data"], stored), _exact(identity, now))
     differences += [message for severity, message in data_differences if severity == "refuse"]
     if differences and not options.allow_changed_settings:
         why = why_not(stored, options, step, checkpoint.parent)
@@ -50,3 +50,11 @@ def changes_since(
         )
     told += [f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"]
     return told + differences + [message for severity, message in data_differences if severity == "warn"]
+
+
+def _exact(identity: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The identity of data with the weights of several datasets as settings have them: it has six digits of each."""
+    if "weights" not in identity:
+        return identity
+    weights = settings.get("dataset_weights") or [1.0] * len(identity["weights"].split())
+    return identity | {"weights": " ".join(str(weight).removesuffix(".0") for weight in weights)}

@@ -112,6 +112,8 @@ class Run:
                 with closing(self.data.batches(self.progress.cursor)) as stream, tracing:
                     batches = self.together.ahead(stream)
                     self.log.show_progress(self.step)
+                    if self.saved_step is None and self.step == self.progress.rolled_back_at > 0:
+                        self.save()
                     self.pay_what_is_owed()
                     while not self.finished:
                         tracing.before_step()
@@ -208,6 +210,7 @@ class Run:
             return
         require_disk(self.options, self.run_dir)
         self._write_settings()
+        self.data.keep_scored()
         for change in self.origin.changes:
             self.log.warn(f"changed since the checkpoint: {change}")
         self.log.say(overview(self.options, self.backend, self.data, self.run_dir))
@@ -313,10 +316,13 @@ class Run:
 
     def pay_what_is_owed(self) -> None:
         """Validation and sample of this step. Raises `Stop` on a signal; what was not done then stays owed."""
+        was_finished = self.finished
         while self.progress.owed:
             self.catch_up()
             {"validation": self.validate, "sample": self.sample}[self.progress.owed[0]]()
             del self.progress.owed[0]
+        if self.finished and not was_finished:
+            self.saved_step = None  # a checkpoint of this step, which a signal left, does not know that it is the last
 
     def heed_signals(self, *_: object) -> None:
         """Raises `Stop` if a signal has come to any process, unless the run is at its end anyway."""

@@ -236,6 +236,11 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
             f"must be at most --max-position {self.model.max_position}",
         )
         self._require(
+            not self.sample_interval or self.model.max_position >= 2,
+            "sample_interval",
+            f"--max-position {self.model.max_position} has no room for a prompt and a token; give 0",
+        )
+        self._require(
             not self.patience or (self.eval_interval and self.validates),
             "patience",
             "needs validation: --eval-interval, --validation-rows and --validation-fraction above 0",
@@ -385,15 +390,18 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
 
     def to_toml(self) -> str:
         """The settings as a file that `--config` reads: grouped, without those that belong to one start of a run (its
-        folder, what it went on from)."""
+        folder, what it went on from, its time)."""
         blocks = [f"# {RunOptions.__doc__}\n" + _toml_lines({"preset": self.preset, "seed": self.seed})]
         for section in SECTIONS[1:]:
-            blocks.append(f"# {section.__doc__}\n" + _toml_lines(vars(_part(self, section))))
+            values = {name: value for name, value in vars(_part(self, section)).items() if name not in OF_ONE_START}
+            blocks.append(f"# {section.__doc__}\n" + _toml_lines(values))
         return "\n".join([*blocks, "[model]\n" + _toml_lines(self.model.to_dict())])
 
 
 SETTING = {"rows_per_pass": "micro_batch_size", "tokens_per_chunk": "loss_chunk"}
 """The settings behind what is checked."""
+OF_ONE_START = ("max_minutes",)
+"""Settings that neither a run's settings.toml nor its checkpoints hand on, besides those of `RunOptions`."""
 PROCESS = ("processes", "process_id", "coordinator")
 """Settings by which several processes find each other."""
 

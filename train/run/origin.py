@@ -14,6 +14,7 @@ from train.data.feed import Data
 from train.run.changes import changes_since
 from train.run.options import Options
 from train.run.progress import Progress
+from train.run.spikes import begin_at
 from train.run.together import require_same
 from train.state.resume import own_checkpoints, refuse_to_go_back, restore_newest
 from train.state.source import read_start
@@ -84,6 +85,8 @@ def _at_checkpoint(
         passed_over = f" (not from --resume-from {asked}: the folder has checkpoints of its own)"
     said = f"Resuming from {checkpoint} at step {step}{passed_over}"
     saved_step = step if checkpoint in [path for _, path in own] else None
+    if saved_step is None and options.spike_action == "rollback":
+        begin_at(progress, step)
     return Origin(said, options.learning_rate, progress, saved_step, changes, passed_over)
 
 

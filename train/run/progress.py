@@ -27,7 +27,7 @@ class Progress:
     spikes_in_a_row: int = 0
     """Steps, up to the last one, whose loss was a spike."""
     rolled_back_at: int = 0
-    """The step at which the run was last rolled back; 0 if it never was."""
+    """The step at which the run was last rolled back, or at which one that may be began; 0 if there is neither."""
     rollbacks: int = 0
     """How often in a row it was, to the same weights."""
     best_loss: float | None = None

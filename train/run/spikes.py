@@ -6,8 +6,8 @@ is done about it: `warn`, or `rollback` to the last good checkpoint. Its weights
 data go on: the batches since then are skipped, as a step that is not finite is, and no step is logged twice.
 
 All that the next decision depends on is in `Progress`, and so in every checkpoint. Only checkpoints that the unbroken
-run has too, those of `--checkpoint-interval` and of rollbacks, are good ones: an interrupted run must go back to the
-same.
+run has too, those of `--checkpoint-interval`, of rollbacks and of where it began, are good ones: an interrupted run
+must go back to the same.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ def good_step(progress: Progress, step: int, interval: int) -> int:
     none."""
     before = step - progress.spikes_in_a_row
     return max(before // interval * interval, progress.rolled_back_at)
+
+
+def begin_at(progress: Progress, step: int) -> None:
+    """Let a run that begins at another's checkpoint count it as a good one, unless it is within a row of spikes: one of
+    its own is then written, as after a rollback."""
+    if not progress.spikes_in_a_row and progress.rolled_back_at != step:
+        progress.rolled_back_at, progress.rollbacks = step, 0
 
 
 def roll_back(backend: Backend, folder: Path, good: int, progress: Progress) -> bool:

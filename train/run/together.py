@@ -90,11 +90,12 @@ class Together:
                 while len(held) <= more and self.data_error is None:
                     held.append(next(batches))
             except DataError as error:
-                self.data_error = error
-                if not self._backend.processes.writes:
-                    print(f"error: process {self._backend.processes.index}: {error}", file=sys.stderr)
+                self.data_error, me = error, self._backend.processes
+                said = str(error) if me.writes else f"process {me.index}: {error}"
                 if not held:
-                    raise UserError(str(error)) from error
+                    raise UserError(said) from error
+                if not me.writes:
+                    print(f"error: {said}", file=sys.stderr)
             yield held.popleft()
 
 
