@@ -15,6 +15,7 @@ from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.leaving import ENDED
 from torch_ref.spec.processes import Processes
+from train.run.launch import launch
 from train.run.together import Wishes, first_by_the_writer, require_same
 from train.shell import FAILED
 
@@ -121,6 +122,22 @@ def test_what_must_be_the_same_is_compared():
     backend.other = lambda asked: (2**31 - 1, 0)
     with pytest.raises(UserError, match="the settings are not the same in all 2 processes"):
         require_same(backend, "settings", {"seed": 0})
+
+
+def test_a_path_that_one_device_got_wrong_between_documents_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It takes a slower one there. XLA compiles programs of several processes with the others' help, if they are the
+    same, and waits for it for a day."""
+    backend = Peer(small_options())
+    backend.processes = Processes(2, 0)
+    kept: list[int] = []
+    backend.keep_within_documents = kept.append
+    backend.other = lambda asked: (2**31 - 1, 0) if kept else ()
+    data = SimpleNamespace(identity={}, scored=[], tokenizer=SimpleNamespace(eot_id=7))
+    monkeypatch.setattr("train.run.launch._open_data", lambda *_: data)
+    argv = ["--preset", "tiny", "--document-mask", "--run-dir", str(tmp_path / "run")]
+    assert launch(argv, "prog", "fake", lambda options: (options, backend), lambda *_: tmp_path) == FAILED
+    assert kept == [7]
+    assert "error: the paths of --document-mask are not the same in all 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("writes", [True, False])

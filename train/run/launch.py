@@ -68,6 +68,7 @@ def _launch(
                 require_same(backend, "validation rows", data.scored)
                 if options.document_mask:
                     backend.keep_within_documents(data.tokenizer.eot_id)
+                    require_same(backend, "paths of --document-mask", backend.compute)  # a device may have failed there
                 return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)
