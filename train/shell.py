@@ -20,6 +20,7 @@ from typing import Any, TextIO, TypeVar
 
 from torch_ref.spec.config import SpecificationError
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import with_user_paths
 
 COMPLETE, FAILED = 0, 2
@@ -51,6 +52,12 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except BrokenPipeError:
             forget_output()
             return UNREAD
+        except RuntimeError as error:
+            line = no_room(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return FAILED
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.leaving import leave
+from torch_ref.spec.leaving import leave, no_room
 from torch_ref.spec.memory import host_memory_available
 from torch_ref.spec.processes import Processes
 from train.run.guard import HOLDER, LOCK, exclusive
@@ -32,18 +32,38 @@ def raising(error: BaseException):
     return shell(command)
 
 
+OF_XLA = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 6442450944 bytes."
+OF_TORCH = "CUDA out of memory. Tried to allocate 6.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
+TOO_MUCH = (
+    "the device's memory does not suffice; use fewer or shorter rows at once; in training --micro-batch-size, --remat "
+    "layers or --mesh fsdp=N"
+)
+
+
 @pytest.mark.parametrize(
     "error, code, said",
     [
         (UserError("--prompt: is missing"), 2, "error: --prompt: is missing\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 141, ""),
+        (RuntimeError(f"{OF_XLA}\nBufferAssignment: 1"), 2, f"error: {TOO_MUCH} ({OF_XLA})\n"),
+        (RuntimeError(OF_TORCH), 2, f"error: {TOO_MUCH} ({OF_TORCH})\n"),
     ],
 )
 def test_mistakes_are_one_line(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr("train.shell.forget_output", lambda: None)
     assert raising(error)([]) == code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_what_a_framework_says_of_a_full_device_is_known(framework: str) -> None:
+    library = pytest.importorskip(framework)
+    with pytest.raises(RuntimeError) as full:
+        (library.numpy if framework == "jax" else library).zeros(1 << 45)
+    assert no_room(full.value).startswith(TOO_MUCH)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        raising(RuntimeError("of another kind"))([])
 
 
 def test_ctrl_c_again_while_python_winds_up_shows_no_traceback():
@@ -72,6 +92,7 @@ sys.exit(main())
             "another process",
         ),
         (UserError("--dtype: no"), 2, "error: process 1: --dtype: no"),
+        (RuntimeError(OF_XLA), 2, f"error: process 1: {TOO_MUCH}"),
         (OSError(11, "Resource temporarily unavailable", "text.jsonl"), 1, "BlockingIOError: "),
         (RuntimeError("cannot restore /mnt/datastore/x"), 1, "RuntimeError: "),
     ],
