@@ -16,9 +16,15 @@ LARGEST = 2 * 2**30
 """Bytes; what was not used for longest makes room."""
 
 
-def keep_compiled_programs() -> None:
-    """From now on in this process, in the user's cache folder; where that cannot be written, nothing is kept."""
-    if jax.config.jax_compilation_cache_dir is not None:
+def keep_compiled_programs(platform: str) -> None:
+    """From now on in this process, in the user's cache folder; where that cannot be written, nothing is kept.
+
+    Nor by several processes with GPUs: they try kernels together, each its part, so that one that compiles waits for
+    the others, for 24 hours. JAX lets process 0 alone write; on another machine, or where a lock on the file did not
+    come in time, a process would compile what the first one has found.
+    """
+    alone = jax.process_count() == 1 or platform == "cpu"
+    if not alone or jax.config.jax_compilation_cache_dir is not None:
         return
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smol-deepseek" / "jax"

@@ -38,6 +38,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     return slurm or open_mpi or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
 
 
+def own_gpus(environment: Mapping[str, str] = os.environ) -> list[int] | None:
+    """Numbers of this process's GPUs among those that it sees; None leaves that to JAX, which takes one by the
+    launcher's number of the process on its machine. Where the launcher shows each process one alone (SLURM's
+    `--gpus-per-task=1`), that has number 0 whatever the process's is."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    sees_one = visible != "" and "," not in visible
+    return [0] if sees_one and "JAX_LOCAL_DEVICE_IDS" not in environment else None
+
+
 @contextmanager
 def joined(coordinator: str | None, count: int | None, index: int | None) -> Iterator[Processes]:
     """Join the other processes; where nothing is given, those that a launcher started, if there are any. An error in
@@ -54,6 +63,7 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
             coordinator,
             count,
             index,
+            own_gpus() if count is None else None,
             cluster_detection_method=None if count is None else "deactivate",  # what is given, no launcher is asked for
             initialization_timeout=CONNECT,
             heartbeat_timeout_seconds=SILENCE,

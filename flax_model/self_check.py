@@ -21,6 +21,7 @@ from flax_model.device import describe
 from flax_model.moe import EXPERT_PATHS, Routing, experts_dense
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import UserError
+from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import first_line
 
 TOKENS = 256
@@ -51,10 +52,13 @@ def self_checked(compute: ComputeConfig, device: jax.Device, config: ModelConfig
 
 
 def _tried(check: Callable[..., str | None], *arguments) -> str | None:
-    """What a check finds; a path that fails outright is wrong too."""
+    """What a check finds; a path that fails outright is wrong too. A full device is not its doing: slower ones take
+    more."""
     try:
         return check(*arguments)
-    except Exception as error:  # of many kinds: no kernel for these sizes, a version that does not fit, no memory
+    except Exception as error:  # of many kinds: no kernel for these sizes, a version that does not fit
+        if no_room(error):
+            raise
         return f"{type(error).__name__}: {first_line(error)}"
 
 

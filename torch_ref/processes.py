@@ -43,7 +43,11 @@ def joined(device: str) -> Iterator[Processes]:
         if device == "mps" or (device == "auto" and not on_gpu and torch.backends.mps.is_available()):
             raise UserError("--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu")
         if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= there:
+                some = f"{there} are here; use --nproc-per-node {there}"
+                raise UserError(f"torchrun: process {number} of this machine has no GPU: {some}, or --device cpu")
+            torch.cuda.set_device(number)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=CONNECT))
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WAIT))

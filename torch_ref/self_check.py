@@ -28,6 +28,7 @@ from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import IGNORE, UserError
+from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import first_line
 
 
@@ -60,10 +61,13 @@ def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
 
 
 def _tried(check: Callable[..., str | None], *arguments) -> str | None:
-    """What a check finds; a path that fails outright is wrong too."""
+    """What a check finds; a path that fails outright is wrong too. A full device is not its doing: slower ones take
+    more."""
     try:
         return check(*arguments)
     except RuntimeError as error:
+        if no_room(error):
+            raise
         return first_line(error)
 
 

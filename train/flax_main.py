@@ -54,8 +54,8 @@ def build(options: Options) -> tuple[Options, Backend]:
     from flax_model.device import available_memory, default_dtype, resolve_device
     from flax_model.processes import least
 
-    keep_compiled_programs()
     device = resolve_device(options.device)
+    keep_compiled_programs(device.platform)
     if device.platform != jax.default_backend():
         jax.config.update("jax_default_device", device)  # weights on their way to it would lie on a GPU
     devices = jax.device_count(device.platform)

@@ -20,7 +20,7 @@ from typing import Any, TextIO, TypeVar
 
 from torch_ref.spec.config import SpecificationError
 from torch_ref.spec.interface import UserError
-from torch_ref.spec.memory import memory_errors
+from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import with_user_paths
 
 COMPLETE, FAILED = 0, 2
@@ -39,8 +39,7 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             given = list(sys.argv[1:] if argv is None else argv)
             for before, word in zip([None, *given], given, strict=False):
                 unicode_text(word, before if before and before.startswith("-") else "command line")
-            with memory_errors("free some, or ask for less at once"):
-                code = command(given)
+            code = command(given)
             sys.stdout.flush()  # Python would do it when it ends, and not know what to do about a failure
             return code
         except (UserError, SpecificationError) as error:
@@ -53,6 +52,12 @@ def shell(command: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except BrokenPipeError:
             forget_output()
             return UNREAD
+        except (RuntimeError, MemoryError) as error:
+            line = no_room(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return FAILED
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

@@ -13,7 +13,7 @@ pytest.importorskip("flax", reason="Flax is not installed")
 PROGRAM = """
 import jax, jax.numpy as jnp
 from flax_model.compile_cache import keep_compiled_programs
-keep_compiled_programs()
+keep_compiled_programs("cpu")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
@@ -46,6 +46,20 @@ def test_another_folder_and_none(tmp_path):
 def test_a_user_without_a_home():
     homeless = "import os.path; os.path.expanduser = lambda path: path\n"  # what it does where no home is known
     assert run(homeless + PROGRAM, XDG_CACHE_HOME="")[:2] == ["None", "0"]
+
+
+@pytest.mark.parametrize(("platform", "processes", "kept"), [("gpu", 1, True), ("gpu", 2, False), ("cpu", 2, True)])
+def test_several_processes_with_gpus_compile_together_or_not_at_all(tmp_path, platform, processes, kept):
+    """One that found the program would leave the others waiting for its part of the trials of kernels."""
+    program = f"""
+import jax
+from flax_model.compile_cache import keep_compiled_programs
+jax.process_count = lambda: {processes}
+keep_compiled_programs({platform!r})
+print(jax.config.jax_compilation_cache_dir)
+"""
+    folder = str(tmp_path / "smol-deepseek/jax") if kept else "None"
+    assert run(program, XDG_CACHE_HOME=str(tmp_path)) == [folder]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_the_cpu_that_was_asked_for_is_taken_where_jax_has_a_gpu(monkeypatch):
     from train.flax_main import build
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("flax_model.compile_cache.keep_compiled_programs", lambda: None)
+    monkeypatch.setattr("flax_model.compile_cache.keep_compiled_programs", lambda platform: None)
     monkeypatch.setattr("flax_model.backend.FlaxBackend", lambda *settled: on_cpu())
     before = jax.config.jax_default_device  # that of a model that was opened in this process
     jax.config.update("jax_default_device", None)

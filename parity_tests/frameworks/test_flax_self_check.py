@@ -95,6 +95,16 @@ def test_wrong_experts_give_way(monkeypatch):
         assert checked(attention="plain", moe="pallas").moe == "dense"
 
 
+def test_a_full_device_is_not_put_down_to_a_path(monkeypatch, recwarn):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4096 bytes.")
+
+    monkeypatch.setitem(attention.ATTENTION_PATHS, "cudnn", full)
+    with pytest.raises(RuntimeError, match="Out of memory"):
+        checked(attention="cudnn", moe="dense")
+    assert not recwarn.list
+
+
 def test_no_path_is_right(monkeypatch):
     monkeypatch.setitem(moe.EXPERT_PATHS, "dense", wrong_experts)
     with pytest.raises(UserError, match="even --moe dense is wrong on .*; use --device cpu or another version of jax"):

@@ -105,6 +105,18 @@ def test_wrong_experts_are_replaced_with_a_warning(self_check, monkeypatch):
     assert (settled.attention, settled.moe) == ("masked", "dense")
 
 
+def test_a_full_device_is_not_put_down_to_a_path(self_check, monkeypatch, recwarn):
+    import torch
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setitem(self_check.ATTENTION_PATHS, "sdpa", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        self_check.self_checked(ComputeConfig(attention="sdpa", moe="dense"), torch.device("cpu"))
+    assert not recwarn.list
+
+
 def test_a_path_that_fails_is_replaced_too(self_check, monkeypatch):
     import torch
 

@@ -29,6 +29,21 @@ def crash_at(stage: Stage, at_step: int) -> None:
     stage.prepare(small_options())
 
 
+def test_a_run_that_a_full_device_ended_has_failed(stage: Stage, straight: Stage) -> None:
+    """It goes on from its latest checkpoint, with smaller micro-batches."""
+
+    def before_step(step: int) -> None:
+        if step == 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 6.00 GiB.")
+
+    stage.backend.before_step = before_step
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stage.train()
+    assert [record["state"] for record in stage.records("end")] == ["failed"]
+    stage.prepare(small_options())
+    assert stage.train() == COMPLETE and stage.losses() == straight.losses()
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 

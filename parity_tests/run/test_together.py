@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from parity_tests.support.stage import Stage
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.leaving import ENDED
 from torch_ref.spec.processes import Processes
+from train.run.launch import launch
 from train.run.together import Wishes, first_by_the_writer, require_same
 from train.shell import FAILED
 
@@ -123,6 +125,22 @@ def test_what_must_be_the_same_is_compared():
         require_same(backend, "settings", {"seed": 0})
 
 
+def test_a_path_that_one_device_got_wrong_between_documents_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It takes a slower one there. XLA compiles programs of several processes with the others' help, if they are the
+    same, and waits for it for a day."""
+    backend = Peer(small_options())
+    backend.processes = Processes(2, 0)
+    kept: list[int] = []
+    backend.keep_within_documents = kept.append
+    backend.other = lambda asked: (2**31 - 1, 0) if kept else ()
+    data = SimpleNamespace(identity={}, scored=[], tokenizer=SimpleNamespace(eot_id=7))
+    monkeypatch.setattr("train.run.launch._open_data", lambda *_: data)
+    argv = ["--preset", "tiny", "--document-mask", "--run-dir", str(tmp_path / "run")]
+    assert launch(argv, "prog", "fake", lambda options: (options, backend), lambda *_: tmp_path) == FAILED
+    assert kept == [7]
+    assert "error: the paths of --document-mask are not the same in all 2 processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("writes", [True, False])
 def test_the_writer_makes_things_first(writes: bool) -> None:
     order: list[object] = []
@@ -195,3 +213,35 @@ def test_launchers_say_whether_there_are_several() -> None:
     assert launched({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})
     assert not launched({}) and not launched(srun | {"SLURM_NTASKS": "1"}) and not launched({"SLURM_NTASKS": "8"})
     assert not launched({"KUBERNETES_SERVICE_HOST": "x"}) and not launched({"OMPI_COMM_WORLD_SIZE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("visible", "taken"), [("0,1,2,3", "3"), (None, "3"), ("5", "0"), ("MIG-4f1d", "0"), ("GPU-8c,GPU-9f", "3")]
+)
+def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch, visible: str | None, taken: str):
+    """JAX takes that of SLURM's number of the process on its machine, which is not there where each sees its own."""
+    pytest.importorskip("flax")
+    from jax._src import distributed
+
+    from flax_model import processes
+
+    settings: dict[str, object] = {}
+
+    def leave(error: BaseException, *_: object) -> None:
+        raise error
+
+    def client(*_: object, **__: object) -> None:
+        raise RuntimeError("as far as this goes")
+
+    srun = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node7", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
+    for name, value in (srun | {"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": visible}).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "global_state", distributed.State())
+    monkeypatch.setattr(distributed, "config", SimpleNamespace(update=settings.__setitem__))
+    monkeypatch.setattr(distributed._jax, "get_distributed_runtime_client", client)
+    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(processes, "_filter_errors", lambda: None)
+    monkeypatch.setattr(processes, "leave", leave)
+    with pytest.raises(UserError, match="as far as this goes"), processes.joined(None, None, None):
+        pass
+    assert settings["jax_cuda_visible_devices"] == taken

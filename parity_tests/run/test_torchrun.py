@@ -236,3 +236,17 @@ def test_mistakes_are_one_line(folder: Path, argv: list[str], said: str, capsys:
     assert main(["--config", str(folder / "settings.toml"), "--run-dir", str(folder / "run"), *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from torch_ref.processes import joined
+
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"), joined("auto"):
+        pass
+    said = "process 3 of this machine has no GPU: 2 are here; use --nproc-per-node 2, or --device cpu"
+    assert capsys.readouterr().err == f"error: torchrun: {said}\n"

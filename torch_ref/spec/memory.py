@@ -6,18 +6,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.interface import UserError
 from torch_ref.spec.parameters import count_parameters
-from torch_ref.spec.storage import first_line
-
-FULL = ("out of memory", "resource_exhausted", "can't allocate memory", "unable to allocate")
-"""In errors that tell of memory that is full, whether a device's or the host's."""
 
 Remat = Literal["off", "experts", "layers"]
 Framework = Literal["flax", "torch"]
@@ -207,17 +201,3 @@ def require_host_memory(needed: int, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free; "
             "free some, or use a smaller --preset"
         )
-
-
-@contextmanager
-def memory_errors(mend: str) -> Iterator[None]:
-    """Turns what a framework says of a device that is full into one `UserError` with the mend."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        # Of all that is said: on MPS torch adds how to take what the system itself needs.
-        sentences = first_line(error).split(". ")
-        told = [sentence for sentence in sentences if any(words in sentence.lower() for words in FULL)]
-        if not told and not isinstance(error, MemoryError):
-            raise
-        raise UserError(f"{(told or ['out of memory'])[0].removesuffix('.')}; {mend}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_ref.spec.interface import Backend
-from torch_ref.spec.memory import Framework, choose_remat, memory_errors, step_bytes
+from torch_ref.spec.memory import Framework, choose_remat, step_bytes
 from torch_ref.spec.processes import ALONE, Processes
 from train import command_line
 from train.data.feed import Data, open_data, take_along
@@ -54,8 +54,7 @@ def _launch(
     asked = command_line.parse(argv, prog)
     run_dir = asked.run_dir or Path("runs") / f"{asked.preset}-{framework}"
     try:
-        full = memory_errors("use a smaller --micro-batch-size or --loss-chunk, --remat layers, or a smaller --preset")
-        with join(asked) as processes, exclusive(run_dir, METRICS) if processes.writes else silence(), full:
+        with join(asked) as processes, exclusive(run_dir, METRICS) if processes.writes else silence():
             options, backend = build(asked)
             automatic = [
                 name
@@ -69,6 +68,7 @@ def _launch(
                 require_same(backend, "validation rows", data.scored)
                 if options.document_mask:
                     backend.keep_within_documents(data.tokenizer.eot_id)
+                    require_same(backend, "paths of --document-mask", backend.compute)  # a device may have failed there
                 return Run(options, run_dir, backend, data, write_weights, automatic, started).train()
     except KeyboardInterrupt:
         print("Interrupted; what was not saved is lost.", file=sys.stderr)

@@ -24,6 +24,7 @@ from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 from torch_ref.spec.interface import Backend, StepResult, UserError
+from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import write_whole
 from train.data.corpus import DataError
 from train.data.feed import Data
@@ -146,9 +147,10 @@ class Run:
                 return self.stop_interrupted(self.together.stop_number)
             except DataError as error:
                 return self.stop_without_data(error)
-            except UserError:
-                with suppress(UserError):  # the disk may be full
-                    self.log.end(self.step, "failed")
+            except (UserError, RuntimeError, MemoryError) as error:
+                if isinstance(error, UserError) or no_room(error):
+                    with suppress(UserError):  # the disk may be full
+                        self.log.end(self.step, "failed")
                 raise
             return self.finish()
 

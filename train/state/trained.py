@@ -168,8 +168,8 @@ def _open_in_flax(state: TrainingState, dtype: DTypeName, device: str) -> tuple[
     from flax_model.trees import merge
     from flax_model.values import from_values
 
-    keep_compiled_programs()
     place = resolve_device(device)
+    keep_compiled_programs(place.platform)
     compute = ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype)
     compute = resolve_compute(compute, place, state.model_config)
     if place.platform != "cpu":
