@@ -7,7 +7,8 @@ runs both in float64 and float32, and names the first module that differs, by ho
 FILE is a Python file, which is run, with two functions, and up to four names:
 
     torch_side()    the torch.nn.Module and its inputs, a tuple or a dict
-    jax_side()      an nnx.Module, or a function and its parameters (any tree of arrays), which is called with
+    jax_side()      an nnx.Module, a flax.linen.Module and its variables, or a function and its parameters (any tree;
+                    what is no array in it, as a number or a function, stays as it is), which is called with
                     (parameters, *inputs) and, if it takes it, record: record("name", value) says what torch's module
                     of that name returns. Inputs of its own, where they are not torch's, come last
     NAMES           names of torch's tensors to JAX's: a name, a list of names (equal parts along the first axis), or a
@@ -57,13 +58,8 @@ def prepare(pair: Pair, source: str, keep: bool) -> Iterator[str]:
     yield f"Tensors of torch and JAX; both get the weights of {'torch' if source == 'torch' else 'JAX'}:"
     for link in pair.links:
         yield f"  {link.torch} -> {link.jax}, {link.how}" + (f" ({link.doubt})" if link.doubt else "")
-    linked = {(pair.slots[link.torch].tensor, pair.slots[link.torch].part) for link in pair.links}
-    for side, names in (
-        ("torch", [name for name, slot in pair.slots.items() if (slot.tensor, slot.part) not in linked]),
-        ("JAX", sorted(pair.jax.values.keys() - {link.jax for link in pair.links})),
-    ):
-        for name in names:
-            yield f"  {name} is only in {side}"
+    for side, names in pair.alone().items():
+        yield from (f"  {name} is only in {side}" for name in names)
     drawn = pair.load(source, keep)
     if drawn:
         yield f"Noise was added to {', '.join(drawn)}: equal values look right whether or not they are read"
@@ -102,20 +98,21 @@ def measure(pair: Pair, allowed: Sequence[str], gradients: bool, report: Report,
         of = {name: other for name, other in of.items() if wide["torch"].values[name].dtype.kind in "fc"}
         if not of:
             raise UserError(f"{pair.file}: --gradients: the models return no floats")
-        outputs = {"torch": list(of), "jax": list(of.values())}
+        shapes = {name: wide["torch"].values[name].shape for name in of}
+        outputs = {"torch": shapes, "jax": {of[name]: shape for name, shape in shapes.items()}}
         for dtype, lifts in (("float64", lifted), ("float32", exact)):
             report.add(_gradients(pair, dtype, _run(pair, dtype, lifts, outputs)), say)
     return wide
 
 
 def _run(
-    pair: Pair, dtype: str, lifts: dict[str, Any], gradients: Mapping[str, Sequence[str]] | None = None
+    pair: Pair, dtype: str, lifts: dict[str, Any], gradients: Mapping[str, Mapping[str, tuple]] | None = None
 ) -> dict[str, Record]:
-    """Both sides; with the gradients of these outputs."""
+    """Both sides; with the gradients of these outputs, given with their shapes in torch."""
     records, gradients = {}, gradients or {}
     for side, model in (("torch", pair.torch), ("jax", pair.jax)):
         try:
-            records[side] = model.run(dtype, lifts[side], gradients.get(side, ()))
+            records[side] = model.run(dtype, lifts[side], gradients.get(side, {}))
         except Exception as error:
             raise UserError(f"{pair.file}: {side}_side()'s model fails in {dtype}: {user_error(error)}") from error
     return records
@@ -202,11 +199,18 @@ def explain(pair: Pair, place: Measurement, wide: dict[str, Record]) -> Iterator
         for trial, record, left in confirmed(scene, place.bound, attempts)
     ]
     seen = [f"seen in the values: {text}" for text in looks(scene)]
+    within = {f"{path}.{leaf}" if path else leaf for path, module in scene.inside() for leaf in module.state_dict()}
+    alone = {side: [name for name in its if side == "JAX" or name in within] for side, its in pair.alone().items()}
+    seen += [f"not the same weights: only {side} has {_some(its)}" for side, its in alone.items() if its]
     if not said:
         yield f"  Of {len(attempts)} mistakes that were made in torch on trial, none makes the difference vanish"
         seen += [f"usual for such a module and error: {text}" for text in usual(scene, place.error)]
     for number, text in enumerate((said + seen)[:SHOWN], 1):
         yield f"  {number}. {text}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _after(scene: Scene, record: Record, place: Measurement) -> str:

@@ -162,7 +162,7 @@ def _link(name: str, slot: Slot, jax: str, target: tuple[int, ...]) -> Link | No
     if not ways:
         return None
     link = Link(name, jax, ways[0][1], ways[0][0])
-    if len(ways) > 1 and slot.kind == "linear" and jax.rpartition(".")[2] != "kernel":
+    if len(ways) > 1 and not (slot.kind == "linear" and jax.rpartition(".")[2] == "kernel"):
         link = replace(link, doubt=f"{ways[1][0]} has that shape too")  # a kernel is [in, out] by Flax's convention
     return link
 
@@ -188,6 +188,13 @@ def propose(slots: Mapping[str, Slot], leaves: Mapping[str, tuple[int, ...]], gi
     """A link for every tensor of torch that JAX has a tensor for. `leaves` are the shapes of JAX's tensors; `given` is
     the user's map, names to a name or to a pair of a name and a function. Raises `UserError` where two would do."""
     links = {name: _given(name, said, slots, leaves) for name, said in given.items()}
+    takers: dict[str, str] = {}
+    for name, link in links.items():
+        first = takers.setdefault(link.jax, name)
+        if any(getattr(slots[first], field) != getattr(slots[name], field) for field in ("tensor", "part")):
+            raise UserError(
+                f"NAMES: {first} and {name} cannot both be {link.jax}: JAX's function may stack two parameters"
+            )
     free = {name: shape for name, shape in leaves.items() if name not in {link.jax for link in links.values()}}
     options: dict[str, dict[str, float]] = {}
     for name, slot in slots.items():
@@ -235,7 +242,8 @@ def _settle(links: list[Link], slots: Mapping[str, Slot], leaves: Mapping[str, t
             peers = {
                 other.how.startswith("transposed")
                 for other in links
-                if slots[other.torch].kind == "linear" and not other.doubt and other.jax.rpartition(".")[2] == last
+                if slots[other.torch].kind == slots[link.torch].kind and len(slots[other.torch].shape) == 2
+                if not other.doubt and other.jax.rpartition(".")[2] == last
             }
             if len(peers) == 1:
                 wanted = peers.pop()

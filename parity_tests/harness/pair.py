@@ -4,7 +4,6 @@ their records under the same names."""
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.links import Link, Slot, module_names, propose, require, torch_slots
-from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy, map_inputs
+from parity_tests.harness.sides import JaxSide, Record, TorchSide, as_numpy, laid_out, map_inputs
 from torch_ref.spec.interface import UserError
 
 
@@ -60,12 +59,20 @@ class Pair:
                     drawn.append(name)
         return drawn
 
+    def alone(self) -> dict[str, list[str]]:
+        """The tensors that one side has and the other has not."""
+        linked = {(self.slots[link.torch].tensor, self.slots[link.torch].part) for link in self.links}
+        return {
+            "torch": [name for name, slot in self.slots.items() if (slot.tensor, slot.part) not in linked],
+            "JAX": sorted(self.jax.values.keys() - {link.jax for link in self.links}),
+        }
+
     def common(self, torch: Record, jax: Record) -> dict[str, np.ndarray]:
         """Of JAX's record, what torch's has too, under torch's names and, where that is a matter of layout (heads as
         an axis of their own, channels last), in torch's shapes."""
         renamed = {other: name for name, other in self.partners(torch, jax).items()}
         values = {renamed[name]: value for name, value in jax.values.items() if name in renamed}
-        return {name: _laid_out(value, torch.values[name].shape) for name, value in values.items()}
+        return {name: laid_out(value, torch.values[name].shape) for name, value in values.items()}
 
     def partners(self, torch: Record, jax: Record) -> dict[str, str]:
         """Names of torch's values to JAX's, of those that both have. Several results of a module are told apart by
@@ -95,13 +102,6 @@ class Pair:
             if known is not None:
                 return head + ".".join([known, *parts[length:]] if known else parts[length:]) + tail
         return name
-
-
-def _laid_out(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if value.ndim == len(shape):
-        turned = np.moveaxis(value, -1, 1) if value.ndim > 2 and value.shape != shape else value
-        return turned if turned.shape == shape else value
-    return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -189,7 +189,8 @@ def _jax_side(file: Path, given: Any, inputs: Any) -> JaxSide:
     known = 1 if parts and isinstance(parts[0], nnx.Module) else 2
     if not (parts and callable(parts[0]) and known <= len(parts) <= known + 1):
         raise UserError(
-            f"{file}: jax_side() must return an nnx.Module, or a function and its parameters; then, if any, inputs"
+            f"{file}: jax_side() must return an nnx.Module, or a function and its parameters (a linen.Module and its"
+            " variables); then, if any, inputs"
         )
     if len(parts) > known:
         inputs = _inputs(file, "jax_side", parts[known])

@@ -8,9 +8,11 @@ everything below 1e-7. So there casts from float64 to float32 are lifted: left i
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from parity_tests.harness.links import first_names
 from parity_tests.harness.measure import to_numpy
+from parity_tests.harness.watch import lifted, of_linen, watched, whole
 
 Lift = Callable[[int], bool] | None
 """Whether the cast of this number, counted from 0, is lifted; None lifts none."""
@@ -111,7 +114,15 @@ def as_numpy(value: Any) -> Any:
     """A tensor or an array as NumPy's; what is none (a flag, a number, None) as it is."""
     if type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach"):
         return to_numpy(value)
-    return _widened(np.asarray(value)) if hasattr(value, "shape") else value
+    return _widened(np.asarray(value)) if _is_plain(value) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is an array of NumPy or JAX; not one of random keys, which NumPy does not know."""
+    import jax
+
+    known = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return known and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:
@@ -124,12 +135,17 @@ class _Place(int):
 
 
 def map_inputs(inputs: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The same nest of tuples, lists and dicts, with the function applied to what is of this type."""
+    """The same nest of tuples, lists, dicts and dataclasses, with the function applied to what is of this type."""
     if isinstance(inputs, Mapping):
         return {key: map_inputs(value, kind, function) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
         parts = [map_inputs(value, kind, function) for value in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
+        made = copy.copy(inputs)
+        for field in dataclasses.fields(inputs):  # frozen ones too, and those that compute fields
+            object.__setattr__(made, field.name, map_inputs(getattr(inputs, field.name), kind, function))
+        return made
     return function(inputs) if isinstance(inputs, kind) else inputs
 
 
@@ -137,13 +153,32 @@ def _in_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
+def _fresh(inputs: Any) -> Any:
+    """A copy, as a model may write into the objects that it is given (a cache)."""
+    try:
+        return copy.deepcopy(inputs)
+    except Exception:  # an object that cannot be copied
+        return inputs
+
+
 def _arguments(inputs: Any) -> tuple[tuple, dict]:
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def _upstream(number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """What an output, counted from 0, is multiplied by."""
+    """What an output of torch, counted from 0, is multiplied by."""
     return np.random.default_rng(number).standard_normal(shape).astype(dtype)
+
+
+def laid_out(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A value of one side in the shape that the other has, where that is a matter of layout: heads as an axis of their
+    own, channels last or first."""
+    if value.ndim != len(shape):
+        return value.reshape(shape) if value.size == math.prod(shape) else value
+    if value.ndim > 2 and value.shape != shape:
+        turned = (np.moveaxis(value, -1, 1), np.moveaxis(value, 1, -1))
+        return next((each for each in turned if each.shape == shape), value)
+    return value
 
 
 class TorchSide:
@@ -175,7 +210,7 @@ class TorchSide:
                 return made.clone()  # a module may write into what it is given, but not into a leaf
             return made
 
-        args, kwargs = _arguments(map_inputs(self.inputs, np.ndarray, tensor))
+        args, kwargs = _arguments(map_inputs(_fresh(self.inputs), np.ndarray, tensor))
         module.zero_grad()
         with contextlib.ExitStack() as stack:
             for path, child in module.named_modules():
@@ -249,12 +284,14 @@ def _lifted_torch(recorder: _Recorder) -> Any:
 
 
 class JaxSide:
-    """An nnx module in evaluation mode, or a function of parameters and inputs. `values` are its float tensors (of an
-    nnx module: of all its variables but caches and random numbers) in float64, by their paths with dots."""
+    """An nnx module in evaluation mode, or a function of parameters and inputs (a module of `flax.linen` is one of its
+    variables). `values` are its float tensors (of an nnx module: of all its variables but caches and random numbers) in
+    float64, by their paths with dots. Numbers, strings, functions and random keys among a function's parameters are
+    settings, and stay what they are."""
 
     def __init__(self, model: Any, params: Any, inputs: Any) -> None:
         import jax
-        from flax import nnx
+        from flax import linen, nnx
 
         self.inputs, self.is_module = inputs, isinstance(model, nnx.Module)
         if self.is_module:
@@ -263,16 +300,22 @@ class JaxSide:
             self._graphdef, self._rest, self._state = nnx.split(model, other, ...)
             params = nnx.to_pure_dict(self._state)
         else:
-            self._function = model
-            self._takes_record = "record" in inspect.signature(model).parameters
+            self._function = of_linen(model) if isinstance(model, linen.Module) else model
+            self._takes_record = "record" in inspect.signature(self._function).parameters
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
-        name_of = jax.tree_util.keystr
-        self._leaves = {name_of(path, simple=True, separator="."): _widened(np.asarray(leaf)) for path, leaf in leaves}
+        named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+        if self.is_module:  # a variable may hold a number
+            named = {name: np.asarray(leaf) if isinstance(leaf, int | float) else leaf for name, leaf in named.items()}
+        self._names = list(named)
+        self._leaves = {name: as_numpy(leaf) for name, leaf in named.items()}
+        self._settings = {name: leaf for name, leaf in self._leaves.items() if not isinstance(leaf, np.ndarray)}
+        self._leaves = {name: leaf for name, leaf in self._leaves.items() if name not in self._settings}
         floats = {name: leaf for name, leaf in self._leaves.items() if np.issubdtype(leaf.dtype, np.floating)}
         self.values = {name: leaf.astype(np.float64) for name, leaf in floats.items()}
 
-    def run(self, dtype: str, lift: Lift = None, gradients: Sequence[str] = ()) -> Record:
-        """One operation after the other, uncompiled: what is recorded under `jax.jit` or in a loop is then a number."""
+    def run(self, dtype: str, lift: Lift = None, gradients: Mapping[str, tuple[int, ...]] | None = None) -> Record:
+        """One operation after the other, uncompiled: what is recorded under `jax.jit` or in a loop is then a number.
+        `gradients` are the outputs of which these are taken, and their shapes in torch."""
         import jax
 
         record: Record
@@ -280,13 +323,13 @@ class JaxSide:
             with jax.default_matmul_precision("highest"), contextlib.ExitStack() as stack:
                 for name in ("checkpoint", "remat"):
                     stack.enter_context(mock.patch(f"jax.{name}", lambda function, **_: function))
-                record = self._run(dtype, lift, gradients)
+                record = self._run(dtype, lift, gradients or {})
         return record
 
-    def _run(self, dtype: str, lift: Lift, gradients: Sequence[str]) -> Record:
+    def _run(self, dtype: str, lift: Lift, gradients: Mapping[str, tuple[int, ...]]) -> Record:
         import jax
 
-        recorder = _Recorder(lift)
+        recorder = _Recorder(lift, copy=whole)
         values = {name: self.values.get(name, leaf) for name, leaf in self._leaves.items()}
         params = {name: jax.numpy.asarray(_in_dtype(value, dtype)) for name, value in values.items()}
         floats: list[Any] = []  # the inputs that can be differentiated
@@ -298,20 +341,21 @@ class JaxSide:
             floats.append(value)
             return _Place(len(floats) - 1)
 
-        inputs = map_inputs(self.inputs, np.ndarray, placed)
+        inputs = map_inputs(_fresh(self.inputs), np.ndarray, placed)
 
         def forward(params: dict[str, Any], floats: list[Any]) -> Any:
             args, kwargs = _arguments(map_inputs(inputs, _Place, lambda place: floats[place]))
             arrays = _arrays(self._call(params, args, kwargs, recorder), lambda leaf: isinstance(leaf, jax.Array))
             return [arrays[recorder.last.index(name)] for name in gradients], recorder.values
 
-        with _lifted_jax(recorder) if lift is not None else contextlib.nullcontext():
+        with lifted(recorder) if lift is not None else contextlib.nullcontext():
             if not gradients:
                 _, recorded = forward(params, floats)
             else:
                 trained = {name: value for name, value in params.items() if name in self.values}
                 outs, backward, recorded = jax.vjp(lambda t, f: forward(params | t, f), trained, floats, has_aux=True)
-                upstream = [_upstream(i, out.shape, dtype).astype(out.dtype) for i, out in enumerate(outs)]
+                given = [_upstream(i, shape, dtype) for i, shape in enumerate(gradients.values())]
+                upstream = [laid_out(g, out.shape).astype(out.dtype) for g, out in zip(given, outs, strict=True)]
                 by_name, of_inputs = backward(upstream)
         # by the recorder's order: JAX sorts the names of what it returns
         record = recorder.record({name: np.asarray(recorded[name]) for name in recorder.values})
@@ -323,7 +367,7 @@ class JaxSide:
     def _call(self, params: dict[str, Any], args: tuple, kwargs: dict, recorder: _Recorder) -> Any:
         import jax
 
-        tree = jax.tree_util.tree_unflatten(self._tree, [params[name] for name in self._leaves])
+        tree = jax.tree_util.tree_unflatten(self._tree, [(self._settings | params)[name] for name in self._names])
         if not self.is_module:
 
             def record(name: str, value: Any) -> Any:
@@ -339,69 +383,5 @@ class JaxSide:
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, tree)
         module = nnx.merge(self._graphdef, self._rest, state)
-        with _watched(module, recorder):
+        with watched(module, recorder):
             return module(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _watched(module: Any, recorder: _Recorder) -> Iterator[None]:
-    """Records every call of a module in an nnx model."""
-    import jax
-    from flax import nnx
-
-    paths: dict[int, str] = {}
-    for path, child in nnx.iter_modules(module):
-        paths.setdefault(id(child), ".".join(map(str, path)))
-
-    running: set[str] = set()
-
-    def is_array(value: Any) -> bool:
-        return isinstance(value, jax.Array)
-
-    def wrapped(original: Callable) -> Callable:
-        def call(child: Any, *args: Any, **kwargs: Any) -> Any:
-            path = paths.get(id(child))
-            if path is None or path in running:  # made on the way, or a class that calls the one it inherits from
-                return original(child, *args, **kwargs)
-            recorder.take(path, args, kwargs, is_array)
-            running.add(path)
-            try:
-                output = original(child, *args, **kwargs)
-            finally:
-                running.discard(path)
-            recorder.keep(path or "output", output, is_array)
-            return output
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for cls in {type(child) for _, child in nnx.iter_modules(module) if callable(child)}:
-            stack.enter_context(mock.patch.object(cls, "__call__", wrapped(cls.__call__)))
-        yield
-
-
-@contextlib.contextmanager
-def _lifted_jax(recorder: _Recorder) -> Iterator[None]:
-    from jax.extend.core import primitives
-
-    left: list[Any] = []  # a cast that stays: under vmap and grad it comes here again for what is inside, uncounted
-
-    def bind(primitive: Any, key: str) -> Any:
-        original = primitive.bind
-
-        def lifted(*args: Any, **params: Any) -> Any:
-            wide = any(getattr(each, "dtype", None) == np.float64 for each in args)
-            if left or not wide or params.get(key) != np.float32:
-                return original(*args, **params)
-            if recorder.cast():
-                return original(*args, **(params | {key: np.dtype(np.float64)}))
-            left.append(primitive)
-            try:
-                return original(*args, **params)
-            finally:
-                left.pop()
-
-        return mock.patch.object(primitive, "bind", lifted)
-
-    with bind(primitives.convert_element_type_p, "new_dtype"), bind(primitives.dot_general_p, "preferred_element_type"):
-        yield

@@ -77,6 +77,8 @@ def looks(scene: Scene, tolerance: float = 1e-9) -> list[str]:
     got, expected = scene.got[scene.name], scene.expected[scene.name]
     if got.shape != expected.shape:
         return [f"the shapes differ: torch {list(expected.shape)}, JAX {list(got.shape)}"]
+    if got.dtype != expected.dtype and got.dtype.kind not in "biu" and expected.dtype.kind not in "biu":
+        return [f"the dtype: JAX has {got.dtype} here whatever its input, torch {expected.dtype}"]
     if not np.issubdtype(got.dtype, np.floating) or not np.isfinite(got).all() or not np.isfinite(expected).all():
         return []
     found = []

@@ -117,19 +117,16 @@ def _value(scene: Scene, changes: dict[str, np.ndarray]) -> Plant:
     return lambda: mock.patch.dict(scene.pair.torch.values, changes)
 
 
-def _tensors(scene: Scene, kind: type | tuple, leaf: str = "weight") -> dict[str, np.ndarray]:
-    """Tensors of the modules of a kind in the owner, by name."""
-    values = scene.pair.torch.values
-    names = {f"{path}.{leaf}" if path else leaf: module for path, module in scene.inside()}
-    return {name: values[name] for name, module in names.items() if isinstance(module, kind) and name in values}
-
-
 def _transposed(scene: Scene) -> Iterator[Trial]:
-    from torch import nn
-
-    square = {name: value.T for name, value in _tensors(scene, nn.Linear).items() if value.shape[0] == value.shape[1]}
+    inside, square = {path for path, _ in scene.inside()}, {}
+    for slot in scene.pair.slots.values():
+        if len(slot.shape) == 2 and slot.shape[0] == slot.shape[1] and slot.tensor.rpartition(".")[0] in inside:
+            whole = scene.pair.torch.values[slot.tensor]
+            turned = square.setdefault(slot.tensor, whole.copy())
+            slot.view(turned)[...] = slot.view(whole).T
     for name, value in square.items():
-        yield Trial(f"{name} is square, and JAX uses it transposed", _value(scene, {name: value.copy()}))
+        what = name if value.shape[0] == value.shape[1] else f"a part of {name}"
+        yield Trial(f"{what} is square, and JAX uses it transposed", _value(scene, {name: value}))
     if len(square) > 1:
         yield Trial("all square weights transposed", _value(scene, square))
 
@@ -309,11 +306,18 @@ def _masks(scene: Scene) -> Iterator[Trial]:
         hidden = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1) if x.ndim > 2 else torch.zeros((), dtype=torch.bool)
         return original(x.masked_fill(hidden, -torch.inf), *args, **kwargs)
 
+    def hides(value: Any) -> bool:
+        return bool(torch.as_tensor(value).max() < -1e3)
+
+    def where(original, condition, x, *other):
+        return x if other and hides(other[0]) else original(condition, x, *other)
+
+    def masked_fill(original, x, mask, value):
+        return x if hides(value) else original(x, mask, value)
+
     masks = r".*mask.*|is_causal"
-    yield Trial(
-        "a mask: JAX lets every position see every other",
-        _rewritten(scene.module, {"scaled_dot_product_attention": bare}, without=masks),
-    )
+    seeing = {"scaled_dot_product_attention": bare, "where": where, "masked_fill": masked_fill}
+    yield Trial("a mask: JAX lets every position see every other", _rewritten(scene.module, seeing, without=masks))
     yield Trial(
         "a mask: JAX hides later positions, torch does not",
         _rewritten(scene.module, {"scaled_dot_product_attention": causal, "softmax": causal_softmax}),
