@@ -216,32 +216,31 @@ def test_launchers_say_whether_there_are_several() -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "taken"), [("0,1,2,3", "3"), (None, "3"), ("5", "0"), ("MIG-4f1d", "0"), ("GPU-8c,GPU-9f", "3")]
+    ("visible", "taken"), [("0,1,2,3", None), (None, None), ("5", [0]), ("MIG-4f1d", [0]), ("GPU-8c,GPU-9f", None)]
 )
-def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch, visible: str | None, taken: str):
+def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch, visible, taken) -> None:
     """JAX takes that of SLURM's number of the process on its machine, which is not there where each sees its own."""
     pytest.importorskip("flax")
-    from jax._src import distributed
-
     from flax_model import processes
 
-    settings: dict[str, object] = {}
+    given: list[object] = []
+
+    def initialize(coordinator, count, index, local_device_ids, **_: object) -> None:
+        given.append(local_device_ids)
+        raise RuntimeError("as far as this goes")
 
     def leave(error: BaseException, *_: object) -> None:
         raise error
 
-    def client(*_: object, **__: object) -> None:
-        raise RuntimeError("as far as this goes")
-
     srun = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node7", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
     for name, value in (srun | {"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": visible}).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(distributed, "global_state", distributed.State())
-    monkeypatch.setattr(distributed, "config", SimpleNamespace(update=settings.__setitem__))
-    monkeypatch.setattr(distributed._jax, "get_distributed_runtime_client", client)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
     monkeypatch.setattr(processes, "_filter_errors", lambda: None)
     monkeypatch.setattr(processes, "leave", leave)
     with pytest.raises(UserError, match="as far as this goes"), processes.joined(None, None, None):
         pass
-    assert settings["jax_cuda_visible_devices"] == taken
+    assert given == [taken]
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2")
+    assert processes.own_gpus() is None
