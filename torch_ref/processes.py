@@ -50,7 +50,8 @@ def joined(device: str) -> Iterator[Processes]:
             torch.cuda.set_device(number)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=CONNECT))
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=WAIT))
+        set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # a public one came later
+        set_timeout(timedelta(seconds=WAIT))
         processes = Processes(dist.get_world_size(), dist.get_rank())
     except UserError as error:
         leave(error)
