@@ -8,7 +8,7 @@ A mesh has two axes (`expert` is Flax's alone); every process has rows of the ba
 
 Buffers, which are the balance biases, are small and whole everywhere. The optimizer works on the parts as plain
 tensors. Without several processes each function gives back what it is given. `flax_model/sharding.py` is the
-counterpart, on JAX's own arrays.
+counterpart, on JAX's own arrays. torch's FSDP and `DTensor` are imported where a model is split: they take half a second.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torch_ref.processes import WAIT
 from torch_ref.spec.config import MESH_AXES
@@ -78,6 +76,8 @@ def _own_group(processes: Processes, groups: Tensor) -> dist.ProcessGroup | None
 def shard_model(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
     """Split the parameters of a model without values (made on `meta`) over the axis `fsdp`, and make room for them on
     the device: nowhere is it whole. Its layers are gathered one after the other."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     for block in model.layers:
         fully_shard(block, mesh=mesh.fsdp)
     fully_shard(model, mesh=mesh.fsdp)
@@ -92,22 +92,31 @@ def shard_model(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
     model.reshard()
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, of which this process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, which all of them have, as `like` is split."""
-    if not isinstance(like, DTensor):
+    if not is_split(like):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def spread(part: Tensor, like: Tensor) -> Tensor:
     """The tensor that the parts of all processes make up, split as `like` is."""
-    if not isinstance(like, DTensor):
+    if not is_split(like):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -115,7 +124,7 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from the parts of all processes, which all ask for it at the same point."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 @torch.no_grad()

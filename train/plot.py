@@ -102,19 +102,20 @@ def plot_runs(run_dirs: Sequence[Path], output: Path) -> Path:
     picture that cannot be written."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     runs = [Curves.read(*run) for run in zip(run_dirs, names_of(run_dirs), strict=True)]
     heat_maps = [run for run in runs if run.steps[0]["expert_counts"]]
     heights = [7.2, *(2.2 + 0.12 * len(run.steps[0]["expert_counts"]) for run in heat_maps)]
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+        figure = Figure(figsize=(12, sum(heights)), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12))
         curves, *maps = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02))
         _draw_curves(curves, runs)
         for place, run in zip(maps, heat_maps, strict=True):
             _draw_expert_load(place, run)
         make_folder(output.parent)
         with write_errors(output):
-            figure.savefig(output, dpi=130, bbox_inches="tight", pad_inches=0.2)
+            figure.savefig(output, dpi=130)
     return output
 
 

@@ -138,7 +138,8 @@ def test_torchrun_itself(folder: Path, straight: Path) -> None:
 
 
 FAULTS = {
-    "gradients averaged": "sharding.FSDPModule.set_gradient_divide_factor = lambda module, factor: None",
+    "gradients averaged": "from torch.distributed.fsdp import FSDPModule as Module; "
+    "Module.set_gradient_divide_factor = lambda module, factor: None",
     "gradients of copies not summed": "backend.sum_over = lambda tensors, group: None",
     "every process trains on all rows": "backend.Processes.rows = lambda self, total: slice(0, total // self.count)",
     "norm of one process's parts": "backend.TorchBackend._global_norm = lambda self, g: backend.global_norm(g)",

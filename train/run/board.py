@@ -3,6 +3,7 @@ the run would then wait for it for ever; here the error is kept and raised at th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +17,15 @@ class Board:
     """Writes numbers and texts by step. With `step` > 0, events after it that lie there already are marked void."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
-        from tensorboardX.record_writer import register_writer_factory
-
+        # tensorboardX imports torch where it is installed, for graphs and tensors that this file never writes: a second
+        # of a Flax run's start, and 200 MB until its end.
+        hidden = sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import SummaryWriter
+            from tensorboardX.record_writer import register_writer_factory
+        finally:
+            if hidden:
+                del sys.modules["torch"]
         self._folder = folder.absolute()
         self._error: OSError | None = None
         register_writer_factory(SCHEME, self)
