@@ -8,7 +8,7 @@ A mesh has two axes (`expert` is Flax's alone); every process has rows of the ba
 
 Buffers, which are the balance biases, are small and whole everywhere. The optimizer works on the parts as plain
 tensors. Without several processes each function gives back what it is given. `flax_model/sharding.py` is the
-counterpart, on JAX's own arrays. torch's FSDP and `DTensor` are imported where a model is split: they take half a second.
+counterpart, on JAX's own arrays. FSDP and `DTensor` are imported where a model is split: that takes half a second.
 """
 
 from __future__ import annotations

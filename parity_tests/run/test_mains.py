@@ -328,7 +328,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent)
 from {MAINS[framework]} import main
-code = main(["--config", {str(settings)!r}, "--steps", "1", "--extended-steps", "0"])
+code = main(["--config", {str(settings)!r}, "--steps", "1", "--extended-steps", "0", "--tensorboard"])
 sys.exit(code or Absent.asked or 0)
 """
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
