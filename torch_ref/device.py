@@ -54,8 +54,10 @@ def describe(device: torch.device, shape: Sequence[int] = (1, 1, 1)) -> str:
 
 
 def default_dtype(device: torch.device) -> str:
-    """Compute dtype of `--dtype auto`: bfloat16 on a CUDA device that has it, float32 elsewhere."""
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    """Compute dtype of `--dtype auto`: bfloat16 on a CUDA device that has it, float32 elsewhere. NVIDIA GPUs before
+    Ampere (V100, T4) compute it by float32, slowly and without the fast kernels."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
 
 
 def available_memory(device: torch.device) -> int | None:

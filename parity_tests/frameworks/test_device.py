@@ -48,10 +48,13 @@ def test_absent_torch_device_is_refused_by_name(device, monkeypatch, name):
 def test_default_dtypes(device, monkeypatch):
     import torch
 
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda _: True)  # also where it is emulated
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Mock(major=8))
     dtypes = {name: device.default_dtype(torch.device(name)) for name in ("cuda", "mps", "cpu")}
     assert dtypes == {"cuda": "bfloat16", "mps": "float32", "cpu": "float32"}
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Mock(major=7))
     assert device.default_dtype(torch.device("cuda")) == "float32"
 
 
