@@ -26,7 +26,8 @@ from torch_ref.spec.storage import first_line
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises `UserError` where the device asked for is not there."""
+    """`auto` is CUDA, then MPS, then the CPU. A GPU asked for by number becomes this process's current one. Raises
+    `UserError` where the device asked for is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in present.items() if there)
@@ -37,6 +38,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            # A CUDA graph records the current device's stream, on which nothing would run (pytorch #87894).
+            torch.cuda.set_device(device)
     except RuntimeError as error:
         raise UserError(f"--device {name}: {first_line(error)}") from error
     return device

@@ -58,6 +58,17 @@ def test_default_dtypes(device, monkeypatch):
     assert device.default_dtype(torch.device("cuda")) == "float32"
 
 
+def test_a_gpu_asked_for_by_number_is_the_current_one(device, monkeypatch):
+    """Streams and graphs that name no device are then on it."""
+    current = Mock()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", current)
+    monkeypatch.setattr("torch.empty", lambda *_, **__: None)
+    for name in ("cuda", "cpu", "cuda:1"):
+        assert str(device.resolve_device(name)) == name
+    assert [str(call.args[0]) for call in current.call_args_list] == ["cuda:1"]
+
+
 def test_paths_of_each_device(device):
     """On MPS: an explicit mask, and expert shapes that do not depend on the routing. On CUDA layers are compiled unless
     told otherwise."""
