@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     """Summed over at a time, at most; of float32 half as much, which takes the same memory."""
     warps: int
     stages: int
-    """Tiles under way from memory."""
+    """Tiles under way from memory, at most (`_stages`)."""
 
 
 TILES = {
@@ -54,6 +54,18 @@ TILES = {
 }
 """By kernel, the fastest of five or six tried on an H100 and an H200 (docs/performance.md). In `d_weight`, `columns`
 are of the dimension that takes several parts, and of the other one 128; `depth` is of rows."""
+
+
+MUCH_SHARED_MEMORY = 160 * 1024
+"""Bytes a program may have; an A100 and later ones of its kind give them. GeForce cards, an L40S, an L4 or an A10 give
+99 KB, for which four stages of `down` are too many."""
+
+
+def _stages(tile: Tile) -> int:
+    """As many as the tile says, or as such a card takes. A CPU, and a card that is not there, say nothing."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    enough = getattr(device, "shared_memory_per_block_optin", MUCH_SHARED_MEMORY) >= MUCH_SHARED_MEMORY
+    return tile.stages if enough else min(tile.stages, 3)
 
 
 def takes(hidden: int, ffn: int) -> bool:
@@ -106,7 +118,7 @@ def _call(kernel, grid: tuple[int, ...], tile: Tile, outputs, name: str, interpr
         kernel,
         grid=grid,
         out_shape=outputs,
-        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=_stages(tile)),
         interpret=interpret,
         name=name,
     )

@@ -2,6 +2,7 @@
 the router chooses."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,21 @@ def test_programs_share_all_columns(size, limit):
     parts = _parts(size, limit)
     assert parts.width & (parts.width - 1) == 0 and parts.columns <= max(limit, 16) and size % parts.columns == 0
     assert parts.columns >= min(size & -size, limit // 2)
+
+
+@pytest.mark.parametrize("shared_memory, enough", [(227 * 1024, True), (None, True), (99 * 1024, False)])
+def test_kernels_fit_cards_with_little_shared_memory(monkeypatch, shared_memory, enough):
+    """Of `smol-774m`: a stage is the tiles of a step of the sum, all stages but one lie in shared memory at a time."""
+    pytest.importorskip("flax")
+    from flax_model import grouped_kernels
+
+    said = {} if shared_memory is None else {"shared_memory_per_block_optin": shared_memory}
+    tile, rows, parts = grouped_kernels.TILES["down"], grouped_kernels.ROW_BLOCK, grouped_kernels._parts(576, 192)
+    with monkeypatch.context() as patch:
+        patch.setattr(grouped_kernels.jax, "config", SimpleNamespace(jax_default_device=SimpleNamespace(**said)))
+        stages = grouped_kernels._stages(tile)
+    assert (stages == tile.stages) == enough
+    assert (stages - 1) * 2 * tile.depth * (rows + parts.columns) <= (shared_memory or 227 * 1024)
 
 
 @pytest.mark.parametrize("hidden, ffn", [(144, 64), (64, 144)])
