@@ -84,7 +84,7 @@ class TorchBackend:
 
     def _checked(self, compute: ComputeConfig) -> ComputeConfig:
         """Without the paths that this device gets wrong."""
-        return compute if self._device.type == "cpu" else self_checked(compute, self._device)
+        return compute if self._device.type == "cpu" else self_checked(compute, self._device, self.model_config)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         config, rows = self.optimizer_config, [row for row in self._table if row.trainable]

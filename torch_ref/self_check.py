@@ -3,8 +3,8 @@
 On Apple's MPS several fused operations have been wrong in released versions of torch, in ways that no error shows. So
 there the paths avoid what is known (an explicit mask, padded values, static shapes). Before training, there and on
 CUDA, whose grouped products have left gradients of idle experts unwritten on some cards (pytorch #172439), the paths
-and the loss are compared on the device itself with the plain ones on the CPU; and a compiled layer with the layer
-itself. `flax_model/self_check.py` is the counterpart.
+and the loss are compared on the device itself with the plain ones on the CPU, at the model's own sizes; and a compiled
+layer with the layer itself. `flax_model/self_check.py` is the counterpart.
 """
 
 from __future__ import annotations
@@ -26,31 +26,34 @@ from torch_ref.loss import cross_entropy, cross_entropy_plain
 from torch_ref.model import Model, document_numbers
 from torch_ref.moe import EXPERT_PATHS, Routing, experts_dense, top_k
 from torch_ref.rotary import make_rope
-from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.interface import IGNORE, UserError
 from torch_ref.spec.leaving import no_room
 from torch_ref.spec.storage import first_line
 
+TOKENS = 256
+"""Of the rows that paths are compared on."""
 
-def self_checked(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
+
+def self_checked(compute: ComputeConfig, device: torch.device, config: ModelConfig) -> ComputeConfig:
     """The same settings, with a path that fails its check on this device replaced, with a warning, by the plain one.
     Raises `UserError` where that fails too, where the loss is wrong, or an optimizer step does not move the weights."""
     of_attention = partial(attention_error, between_documents=compute.separator is not None)
     for option, plain, check in (("attention", "plain", of_attention), ("moe", "dense", experts_error)):
         path = getattr(compute, option)
-        problem = _tried(check, path, compute.dtype, device)
+        problem = _tried(check, path, compute.dtype, device, config)
         if problem and path != plain:
             warnings.warn(
                 f"--{option} {path} is wrong on {describe(device)}: {problem}; using the slower {plain}", stacklevel=2
             )
             compute = dataclasses.replace(compute, **{option: plain})
-            path, problem = plain, _tried(check, plain, compute.dtype, device)
+            path, problem = plain, _tried(check, plain, compute.dtype, device, config)
         if problem:
             raise UserError(
                 f"--device {device.type}: even --{option} {path} is wrong on {describe(device)}: {problem}; "
                 "use --device cpu or another version of torch"
             )
-    if problem := _tried(loss_error, compute.dtype, device):
+    if problem := _tried(loss_error, compute.dtype, device, config):
         raise UserError(
             f"--device {device.type}: the loss is wrong on {describe(device)}: {problem}; "
             "use --device cpu or another version of torch"
@@ -71,20 +74,25 @@ def _tried(check: Callable[..., str | None], *arguments) -> str | None:
         return first_line(error)
 
 
-def attention_error(path: str, dtype: str, device: torch.device, between_documents: bool = False) -> str | None:
+def attention_error(
+    path: str, dtype: str, device: torch.device, config: ModelConfig, between_documents: bool = False
+) -> str | None:
     """Why an attention path cannot be trusted on `device`, or None: no position may see a later one, and output and
-    gradients must be those of the plain path on the CPU. Key and value sizes differ, as in the model.
-    `between_documents`: in rows of three documents, to which attention keeps."""
-    generator = torch.Generator().manual_seed(0)
-    for seq in (1, 2, 5, 64, 96):
-        shapes = ((2, seq, 6, 24), (2, seq, 2, 24), (2, seq, 2, 16), (2, seq, 6, 16))
+    gradients must be those of the plain path on the CPU. `between_documents`: in rows of three documents, to which
+    attention keeps."""
+    c, generator = config, torch.Generator().manual_seed(0)
+    heads = ((c.num_heads, c.qk_head_dim), (c.num_kv_heads, c.qk_head_dim), (c.num_kv_heads, c.v_head_dim))
+    for seq in (1, 2, 5, 64, 96, TOKENS):
+        shapes = [(2, seq, *shape) for shape in (*heads, (c.num_heads, c.v_head_dim))]
         *operands, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
         operands = [operand.to(getattr(torch, dtype)) for operand in operands]
 
         def attend(function, operands, device, seq=seq, upstream=upstream):
             documents = torch.arange(2 * seq, device=device).view(2, seq) // (seq // 3 + 1)
             documents = documents if between_documents else None
-            return _with_gradients(lambda q, k, v: function(q, k, v, 24**-0.5, documents), operands, upstream, device)
+            return _with_gradients(
+                lambda q, k, v: function(q, k, v, c.softmax_scale, documents), operands, upstream, device
+            )
 
         got = attend(ATTENTION_PATHS[path], operands, device)
         if problem := _difference(got, attend(attend_plain, operands, torch.device("cpu")), dtype):
@@ -97,24 +105,25 @@ def attention_error(path: str, dtype: str, device: torch.device, between_documen
     return None
 
 
-def experts_error(path: str, dtype: str, device: torch.device) -> str | None:
+def experts_error(path: str, dtype: str, device: torch.device, config: ModelConfig) -> str | None:
     """Why an expert path cannot be trusted on `device`, or None: output and gradients must be those of all experts on
-    all tokens on the CPU, with an expert that gets every token and one that gets none."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, experts, hidden, ffn = 150, 5, 24, 40
+    all tokens on the CPU, with an expert that gets every token and, if there are enough, one that gets none."""
+    c, generator = config, torch.Generator().manual_seed(0)
+    if not c.num_moe_layers:
+        return None
     shapes = (
-        (tokens, hidden),
-        (experts, ffn, hidden),
-        (experts, ffn, hidden),
-        (experts, hidden, ffn),
-        (tokens, hidden),
+        (TOKENS, c.hidden_size),
+        (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
+        (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
+        (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size),
+        (TOKENS, c.hidden_size),
     )
     *operands, upstream = (torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes)
     operands = [operands[0].to(getattr(torch, dtype)), *operands[1:]]
-    scores = torch.rand(tokens, experts, generator=generator)
-    scores[:, 1], scores[:, 3] = 2.0, -1.0
-    chosen = top_k(scores, 2)
-    weights = torch.rand(tokens, 2, generator=generator)
+    scores = torch.rand(TOKENS, c.n_routed_experts, generator=generator)
+    scores[:, 0], scores[:, -1] = 2.0, -1.0
+    chosen = top_k(scores, c.num_experts_per_tok)
+    weights = torch.rand(chosen.shape, generator=generator)
 
     def run(function, device):
         def apply(x, weights, gate, up, down):
@@ -125,14 +134,14 @@ def experts_error(path: str, dtype: str, device: torch.device) -> str | None:
     return _difference(run(EXPERT_PATHS[path], device), run(experts_dense, torch.device("cpu")), dtype)
 
 
-def loss_error(dtype: str, device: torch.device) -> str | None:
+def loss_error(dtype: str, device: torch.device, config: ModelConfig) -> str | None:
     """Why the loss cannot be trusted on `device`, or None: it and its gradients must be those of the plain one on the
-    CPU, with a vocabulary large enough that sums over it have been wrong (`mps.py`)."""
-    tokens, vocab, size = 40, 33_000, 16
+    CPU, in a chunk of tokens and the rest of one."""
     generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(shape, generator=generator) / 4 for shape in ((tokens, size), (vocab, size))]
+    shapes = (TOKENS, config.hidden_size), (config.vocab_size, config.hidden_size)
+    operands = [torch.randn(shape, generator=generator) / 4 for shape in shapes]
     operands[0] = operands[0].to(getattr(torch, dtype))
-    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets = torch.randint(config.vocab_size, (TOKENS,), generator=generator)
     targets[::5] = IGNORE
 
     def run(function, device, *more):
@@ -141,7 +150,8 @@ def loss_error(dtype: str, device: torch.device) -> str | None:
 
         return _with_gradients(apply, operands, torch.ones(()), device)
 
-    (loss, *got), (plain, *expected) = run(cross_entropy, device, 20), run(cross_entropy_plain, torch.device("cpu"))
+    loss, *got = run(cross_entropy, device, TOKENS * 3 // 4)
+    plain, *expected = run(cross_entropy_plain, torch.device("cpu"))
     none = loss.new_zeros(0)  # the loss is far larger than its gradients, and compared by itself
     return _difference([loss], [plain], dtype) or _difference([none, *got], [none, *expected], dtype)
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parity_tests.support.backends import COMPUTE, OPTIMIZER, arrays, assert_close, batch, make_backend
+from parity_tests.support.backends import COMPUTE, CONFIG, OPTIMIZER, arrays, assert_close, batch, make_backend
 from torch_ref.spec.config import ComputeConfig
 from torch_ref.spec.interface import UserError
 
@@ -90,7 +90,7 @@ def test_no_product_of_a_step_sums_too_far(on_mps, monkeypatch, paths):
 def test_wrong_loss_is_refused(monkeypatch, dtype, what):
     monkeypatch.setattr(loss, "long_product", lambda left, right: left @ right * what)
     with pytest.raises(UserError, match="--device cpu: the loss is wrong.*gradient off by.*another version of torch"):
-        self_check.self_checked(ComputeConfig(dtype, attention="plain", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(dtype, attention="plain", moe="dense"), torch.device("cpu"), CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ def test_self_check_passes_what_is_right(self_check, recwarn, dtype):
 
     cpu = torch.device("cpu")
     for attention in ATTENTION_PATHS:
-        assert self_check.attention_error(attention, dtype, cpu) is None
-        assert self_check.attention_error(attention, dtype, cpu, between_documents=True) is None
+        assert self_check.attention_error(attention, dtype, cpu, CONFIG) is None
+        assert self_check.attention_error(attention, dtype, cpu, CONFIG, between_documents=True) is None
     for moe in EXPERT_PATHS:
-        assert self_check.experts_error(moe, dtype, cpu) is None
+        assert self_check.experts_error(moe, dtype, cpu, CONFIG) is None
     compute = ComputeConfig(dtype, attention="masked", moe="blocks")
-    assert self_check.self_checked(compute, cpu) == compute
+    assert self_check.self_checked(compute, cpu, CONFIG) == compute
     assert not recwarn.list
 
 
@@ -72,7 +72,9 @@ def test_wrong_attention_is_replaced_with_a_warning(self_check, monkeypatch, bro
 
     monkeypatch.setitem(self_check.ATTENTION_PATHS, "masked", broken)
     with pytest.warns(UserWarning, match="--attention masked is wrong.*using the slower plain"):
-        settled = self_check.self_checked(ComputeConfig(dtype, attention="masked", moe="blocks"), torch.device("cpu"))
+        settled = self_check.self_checked(
+            ComputeConfig(dtype, attention="masked", moe="blocks"), torch.device("cpu"), CONFIG
+        )
     assert (settled.attention, settled.moe) == ("plain", "blocks")
 
 
@@ -83,9 +85,9 @@ def test_attention_that_does_not_keep_to_documents_is_replaced_where_it_has_to(s
 
     monkeypatch.setitem(self_check.ATTENTION_PATHS, "masked", lambda *operands: attend_plain(*operands[:4]))
     compute, cpu = ComputeConfig(attention="masked", moe="dense"), torch.device("cpu")
-    assert self_check.self_checked(compute, cpu) == compute and not recwarn.list
+    assert self_check.self_checked(compute, cpu, CONFIG) == compute and not recwarn.list
     with pytest.warns(UserWarning, match="--attention masked is wrong.*using the slower plain"):
-        settled = self_check.self_checked(dataclasses.replace(compute, separator=0), cpu)
+        settled = self_check.self_checked(dataclasses.replace(compute, separator=0), cpu, CONFIG)
     assert (settled.attention, settled.separator) == ("plain", 0)
 
 
@@ -101,8 +103,32 @@ def test_wrong_experts_are_replaced_with_a_warning(self_check, monkeypatch):
 
     monkeypatch.setitem(self_check.EXPERT_PATHS, "blocks", drops_a_choice)
     with pytest.warns(UserWarning, match="--moe blocks is wrong.*using the slower dense"):
-        settled = self_check.self_checked(ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu"))
+        settled = self_check.self_checked(ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu"), CONFIG)
     assert (settled.attention, settled.moe) == ("masked", "dense")
+
+
+@pytest.mark.parametrize("path, size", [("attention", 20), ("moe", 72), ("loss", 160)])
+def test_what_is_wrong_at_the_sizes_of_the_model_alone_is_seen(self_check, monkeypatch, path, size):
+    """Heads, an expert's width and the vocabulary, as alignment or an index that overflows could make it."""
+    import torch
+
+    def wrong_at(function, operand, axis):
+        return lambda *operands: function(*operands) * (1 + (operands[operand].shape[axis] == size))
+
+    config = dataclasses.replace(CONFIG, qk_nope_head_dim=16, moe_intermediate_size=72, vocab_size=160)
+    compute, cpu = ComputeConfig(attention="masked", moe="blocks"), torch.device("cpu")
+    if path == "loss":
+        monkeypatch.setattr(self_check, "cross_entropy", wrong_at(self_check.cross_entropy, 1, 0))
+        told = pytest.raises(UserError, match="the loss is wrong")
+    else:
+        paths, name, *where = {
+            "attention": (self_check.ATTENTION_PATHS, "masked", 0, -1),
+            "moe": (self_check.EXPERT_PATHS, "blocks", 2, 1),
+        }[path]
+        monkeypatch.setitem(paths, name, wrong_at(paths[name], *where))
+        told = pytest.warns(UserWarning, match=f"--{path} {name} is wrong.*output off")
+    with told:
+        self_check.self_checked(compute, cpu, config)
 
 
 def test_a_full_device_is_not_put_down_to_a_path(self_check, monkeypatch, recwarn):
@@ -113,7 +139,7 @@ def test_a_full_device_is_not_put_down_to_a_path(self_check, monkeypatch, recwar
 
     monkeypatch.setitem(self_check.ATTENTION_PATHS, "sdpa", full)
     with pytest.raises(RuntimeError, match="out of memory"):
-        self_check.self_checked(ComputeConfig(attention="sdpa", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(attention="sdpa", moe="dense"), torch.device("cpu"), CONFIG)
     assert not recwarn.list
 
 
@@ -126,7 +152,7 @@ def test_a_path_that_fails_is_replaced_too(self_check, monkeypatch):
     monkeypatch.setitem(self_check.EXPERT_PATHS, "blocks", refuses)
     with pytest.warns(UserWarning, match="--moe blocks is wrong.*not on this card; using the slower dense"):
         settled = self_check.self_checked(
-            ComputeConfig("float64", attention="masked", moe="blocks"), torch.device("cpu")
+            ComputeConfig("float64", attention="masked", moe="blocks"), torch.device("cpu"), CONFIG
         )
     assert (settled.attention, settled.moe) == ("masked", "dense")
 
@@ -136,11 +162,11 @@ def test_device_that_is_wrong_throughout_is_refused(self_check, monkeypatch):
 
     monkeypatch.setitem(self_check.ATTENTION_PATHS, "plain", _leaks)
     with pytest.raises(UserError, match="even --attention plain is wrong.*use --device cpu"):
-        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"), CONFIG)
     monkeypatch.undo()
     monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
     with pytest.raises(UserError, match="AdamW does not move the weights"):
-        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"))
+        self_check.self_checked(ComputeConfig(attention="plain", moe="dense"), torch.device("cpu"), CONFIG)
 
 
 class Asked(Exception):

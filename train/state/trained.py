@@ -141,7 +141,7 @@ def _open_in_torch(state: TrainingState, dtype: DTypeName, device: str) -> tuple
     place = resolve_device(device)
     compute = resolve_compute(ComputeConfig(dtype=default_dtype(place) if dtype == "auto" else dtype), place)
     if place.type != "cpu":
-        compute = self_checked(compute, place)
+        compute = self_checked(compute, place, state.model_config)
     model = Model(state.model_config, place, getattr(torch, compute.param_dtype)).load_values(_values(state))
     cast_weights(model, compute)
 
