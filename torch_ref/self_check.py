@@ -177,7 +177,8 @@ def compile_checked(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "b
 def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "batch seq"]) -> str | None:
     """Why compiled layers cannot be used for batches of this shape, or None. Of the first layer of each kind, output
     and gradients must be those of the layer itself. The two round differently, and rounding chooses other experts for a
-    token now and then: nine tokens of ten have to agree, and the gradients of parameters by and large."""
+    token now and then: nine tokens of ten have to agree, and the gradients of parameters by and large; all of it has to
+    be finite."""
     tolerance = {"bfloat16": 5e-2, "float32": 1e-3}.get(compute.dtype, 1e-6)
     for block in {block.dense: block for block in reversed(model.layers)}.values():
         try:
@@ -193,7 +194,8 @@ def compile_error(compute: ComputeConfig, model: Model, tokens: Int[Tensor, "bat
                 error = (wide(a) - wide(b)).norm(dim=-1) / wide(b).norm(dim=-1)
             else:
                 error = (a - b).norm() / torch.maximum(b.norm(), negligible)
-            if not float(error.flatten().sort().values[int(0.9 * error.numel())]) <= (tolerance if per_token else 0.5):
+            agrees = float(error.flatten().sort().values[int(0.9 * error.numel())]) <= (tolerance if per_token else 0.5)
+            if not agrees or not bool(a.isfinite().all()):
                 return f"{('output', 'gradient')[index > 0]} of a compiled layer is wrong"
     return _compiled_loss_error(compute, model, tokens)
 
