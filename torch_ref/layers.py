@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ref.cpu import linear
+from torch_ref.mps import takes_two_axes
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -25,7 +26,10 @@ def product(
     x: Float[Tensor, "*batch rows inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "*batch rows outputs"]:
     """x @ weight.T in the dtype of `x`."""
-    return linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    if x.ndim > 2 and takes_two_axes(x.device):
+        return linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return linear(x, weight)
 
 
 def wide_product(

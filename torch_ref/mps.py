@@ -5,6 +5,9 @@ Where each value of a product is a sum of 32,767 terms or more, and both its siz
 past the end of the operands and adds what it finds there (pytorch #195163, #177116; torch 2.13 in every product, later
 ones still in batches of them). Two sums of training can be as long: the gradient of a hidden state runs over the
 vocabulary, that of a weight over the tokens of a micro-batch.
+
+In half precision an M5 gets `F.linear` of rows that lie in more than two axes wrong, and its gradient, each time in
+another way (pytorch #180776, #181936; torch 2.12).
 """
 
 from __future__ import annotations
@@ -12,8 +15,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from torch_ref.layers import wide
 
 LONGEST_SUM = 16384
 """Terms that are summed at once."""
@@ -32,7 +33,13 @@ def long_product(
         return left @ right
     parts = zip(left.split(LONGEST_SUM, dim=1), right.split(LONGEST_SUM), strict=True)
     products = [a.contiguous() @ b for a, b in parts]
-    return wide(torch.stack(products)).sum(0).to(left.dtype)
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return torch.stack(products).sum(0, dtype=wide).to(left.dtype)
+
+
+def takes_two_axes(device: torch.device) -> bool:
+    """Whether `F.linear` can be wrong of rows that lie in more; as above, on all of MPS."""
+    return device.type == "mps"
 
 
 def rows_at_once(rows: int, length: int, device: torch.device) -> int:

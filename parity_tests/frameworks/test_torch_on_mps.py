@@ -13,9 +13,10 @@ from torch_ref.spec.interface import UserError
 
 torch = pytest.importorskip("torch")
 
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from torch_ref import loss, mps, self_check  # noqa: E402
+from torch_ref import layers, loss, mps, self_check  # noqa: E402
 from torch_ref.loss import cross_entropy, cross_entropy_plain  # noqa: E402
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
@@ -40,9 +41,18 @@ class ReadsTooFar(TorchDispatchMode):
         return out
 
 
+class TwoAxes(TorchFunctionMode):
+    """Asserts that what `F.linear` is given lies in two axes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.nn.functional.linear or args[0].ndim == 2
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def on_mps(monkeypatch):
     monkeypatch.setattr(mps, "sums_too_far", lambda device: True)
+    monkeypatch.setattr(layers, "takes_two_axes", lambda device: True)
 
 
 def loss_and_gradients(function, dtype, *more):
@@ -75,7 +85,7 @@ def test_no_product_of_a_step_sums_too_far(on_mps, monkeypatch, paths):
         monkeypatch.setattr(mps, "LONGEST_SUM", longest)
         backend = make_backend("torch", compute=compute, optimizer=optimizer)
         backend.init(0)
-        with ReadsTooFar(longest) as chip:
+        with ReadsTooFar(longest) as chip, TwoAxes():
             results.append(backend.step(inputs, targets))
         wrong.append(chip.wrong)
         states.append({name: value for name, value in arrays(backend.state()).items() if name.startswith("first")})
@@ -102,4 +112,5 @@ def test_rows_at_once(on_mps, rows, length, expected):
 
 def test_nothing_is_done_elsewhere():
     assert mps.rows_at_once(64, 2048, torch.device("cpu")) == 64
-    assert [mps.sums_too_far(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [False, False, True]
+    for differs in (mps.sums_too_far, mps.takes_two_axes):
+        assert [differs(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [False, False, True]
