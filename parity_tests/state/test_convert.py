@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -293,12 +294,16 @@ def test_the_command_that_goes_on_leaves_devices_to_auto(tmp_path, capsys, frame
 
 @BOTH
 @pytest.mark.parametrize(("first", "second"), [("torch", "flax"), ("flax", "torch"), ("torch", "torch")])
-def test_a_backend_goes_on_from_a_run_of_either_framework(tmp_path, first, second):
+def test_a_backend_goes_on_from_a_run_of_either_framework(tmp_path, monkeypatch, first, second):
+    """Where torch reads a run of Flax, JAX leaves it the GPU's memory."""
     make_run(tmp_path / "run", first)
     backend = make_backend(second)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     assert load_checkpoint(backend, tmp_path / "run") == META | {"step": 7}
     assert backend.steps_done == 7
     assert_same(arrays(backend.state()), arrays(random_state(7)))
+    if first == "flax":
+        assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -163,6 +165,8 @@ def _read_flax(path: Path) -> TrainingState:
 
     @functools.cache
     def checkpoints() -> Checkpoints:
+        if "torch" in sys.modules:  # it may have the GPU, of which JAX would take three quarters, to read files
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         return Checkpoints(Processes(jax.process_count(), jax.process_index()))
 
     @functools.lru_cache(maxsize=1)
