@@ -65,7 +65,7 @@ class DeviceOptions:
     mesh: str = "auto"
     """How devices share the work, as in data=2,fsdp=4,expert=1 (Flax alone: expert). auto: all split the weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = trajectory("auto")
-    """Compute precision; weights, moments and sums stay float32 or wider. auto: bfloat16 on CUDA, else float32."""
+    """Compute precision; weights, moments, sums stay float32 or wider. auto: bfloat16 on newer GPUs, else float32."""
     attention: str = "auto"
     """Attention path: auto, plain, or flax: blocked, cudnn; torch: sdpa, masked."""
     moe: str = "auto"
