@@ -232,6 +232,7 @@ def test_a_recording_keeps_the_rotary_table_that_it_reads(recording):
     [
         ("stale batch", "not those of the pass itself"),
         ("a gradient not written", "not those of the pass itself"),
+        ("a gradient not a number", "not those of the pass itself"),
         ("not recorded", "operation not permitted when stream is capturing"),
     ],
 )
@@ -244,7 +245,7 @@ def test_a_recording_that_is_wrong_is_not_used(recording, monkeypatch, fault, pr
         if fault == "stale batch":
             return lambda: None, run()
         replay, results = stand_in(run)
-        return lambda: (replay(), results[1][0].zero_()), results
+        return lambda: (replay(), results[1][0].fill_(0 if "written" in fault else np.nan)), results
 
     monkeypatch.setattr(cuda_graph, "record", record)
     with pytest.warns(UserWarning, match=f"one CUDA graph .*{problem}"):

@@ -8,7 +8,7 @@ import pytest
 
 from parity_tests.harness.measure import relative_error
 from parity_tests.support.backends import CONFIG, FRAMEWORKS
-from parity_tests.support.gradients import flax_gradients, gradients, integers, module
+from parity_tests.support.gradients import flax_gradients, floats, gradients, integers, module
 
 HIDDEN, FFN = 12, 20
 
@@ -217,3 +217,27 @@ def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
     assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
     taken = np.take_along_axis(scores, biased_chosen, axis=1)
     np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_router_computes_in_float32_and_survives_scores_of_nothing(framework):
+    """Whatever the dtype of its input: a choice hangs on it. Where all scores underflow, no weight is 0 / 0."""
+    moe = module(framework, "moe")
+    generator = np.random.default_rng(4)
+    x, router = (generator.standard_normal(shape).astype(np.float32) for shape in ((30, HIDDEN), (4, HIDDEN)))
+    x, router, bias = (floats(framework, array) for array in (x, router, np.zeros(4, np.float32)))
+
+    def routes(x):
+        half = x.bfloat16() if framework == "torch" else x.astype("bfloat16")
+        widened = half.float() if framework == "torch" else half.astype("float32")
+        given = (half, router), (widened, router), (abs(x), 0 * router - 1000)
+        return [moe.route(*each, bias, CONFIG) for each in given]
+
+    if framework == "flax":
+        import jax
+
+        routes = jax.jit(routes)
+    *halves, nothing = routes(x)
+    for got, expected in zip(*halves, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected), strict=True)
+    assert not np.asarray(nothing.scores).any() and not np.asarray(nothing.weights).any()
