@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +203,28 @@ def test_settings_of_processes_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(UserError) as refusal:
         small_options(**flags)
     assert str(refusal.value).startswith(message)
+
+
+@pytest.mark.parametrize("package", ["torch_ref", "flax_model"])
+def test_the_least_memory_of_all_processes_counts(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that does not know its own nothing is known of all."""
+    pytest.importorskip({"torch_ref": "torch", "flax_model": "jax"}[package])
+    module, asked = importlib.import_module(f"{package}.processes"), []
+    platform = () if package == "torch_ref" else ("cpu",)
+    assert module.least(7, *platform) == 7, "alone"
+
+    def agree(wishes: Sequence[int], *_: object) -> Callable[[], list[int]]:
+        asked.append(wishes)
+        assert package == "torch_ref" or max(map(abs, wishes)) < 2**31, "Flax agrees in 32 bits"
+        return lambda: [max(each) for each in zip(*asked, strict=True)]
+
+    monkeypatch.setattr(module, "agree", agree)
+    name, answer = ("dist.is_initialized", True) if platform == () else ("jax.process_count", 2)
+    monkeypatch.setattr(f"{package}.processes.{name}", lambda: answer)
+    for mine, others, least in ((70, 50, 50), (50, 70, 50), (None, 50, None), (50, None, None)):
+        asked.clear()
+        module.least(others and others << 30, *platform)
+        assert module.least(mine and mine << 30, *platform) == (least and least << 30)
 
 
 def test_launchers_say_whether_there_are_several() -> None:
