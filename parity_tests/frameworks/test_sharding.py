@@ -20,7 +20,7 @@ def test_abstract_state_is_that_of_the_model():
     pytest.importorskip("flax")
     import numpy as np
 
-    from flax_model.sharding import abstract_parameters, decay_mask, make_mesh
+    from flax_model.sharding import abstract_parameters, decay_mask, make_mesh, partition
     from flax_model.values import from_values
     from torch_ref.spec.parameters import initial_values, parameter_table
 
@@ -34,6 +34,8 @@ def test_abstract_state_is_that_of_the_model():
     sizes = jax.tree.map(lambda leaf, decays: leaf.size * decays, abstract[0], mask)
     decayed = sum(row.size for row in parameter_table(config) if row.decay)
     assert sum(jax.tree.leaves(sizes)) == decayed
+    # What no dimension of can be split evenly stays whole.
+    assert not any(any(partition(row, (1, 7, 1))) for row in parameter_table(CONFIG))
     assert not mask["norm"]["weight"] and mask["layers"]["mlp"]["router"]["weight"]
 
 

@@ -219,6 +219,17 @@ def test_recorded_steps_are_the_steps_themselves(recording, monkeypatch, micro_b
         np.testing.assert_array_equal(tensor, expected_state[name], err_msg=name)
 
 
+def test_another_shape_or_another_setting_is_recorded_anew(recording):
+    """A micro-batch of one row would fill both of another's."""
+    made, _ = recorded(recording, 2, steps=1)
+    made.optimizer_config = replace(OPTIMIZER, micro_batch_size=1)
+    made.step(*batch(1))
+    assert recording["recordings"] == 2
+    made.keep_within_documents(0)
+    made.step(*batch(2))
+    assert recording["recordings"] == 3
+
+
 def test_a_recording_keeps_the_rotary_table_that_it_reads(recording):
     """An evaluation of another length replaces the model's; the memory would be another tensor's."""
     made, _ = recorded(recording, 4, steps=1)

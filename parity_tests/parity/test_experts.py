@@ -1,7 +1,7 @@
 """Experts by each path against all experts on all tokens, values and gradients, on routings made to break them; and how
 the router chooses."""
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -174,6 +174,39 @@ def test_faults_in_kernels_are_seen(fault, monkeypatch):
     monkeypatch.setattr(grouped_kernels, name, lambda *arguments: change(right(*arguments)))
     pairs = zip(kernel_gradients("bfloat16", "pallas"), kernel_gradients("bfloat16", "dense"), strict=True)
     assert max(relative_error(got, expected) for got, expected in pairs) > 2 * KERNEL_BOUNDS["bfloat16"]
+
+
+def test_experts_of_several_devices_drop_nothing(monkeypatch):
+    """Four devices, by the axis of a `vmap`, with two experts each: every token takes both of one, and another."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    import jax.numpy as jnp
+
+    from flax_model import expert_parallel, moe
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, cuda: default(*operands))
+    devices, tokens, experts = 4, 6, 8
+    generator = np.random.default_rng(0)
+    picked = np.array([[2, 3, 5 + token % 2] for token in range(devices * tokens)])
+    shapes = ((devices * tokens, HIDDEN), picked.shape, (experts, FFN, HIDDEN), (experts, FFN, HIDDEN))
+    x, weights, gate, up = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    operands = x, weights, gate, up, up.swapaxes(1, 2).copy()
+
+    def everywhere(x, weights, *experts):
+        return moe.experts_dense(x, moe.Routing(jnp.asarray(picked), weights, None), *experts, False).sum()
+
+    def one_device(chosen, x, weights, *local):
+        routing, run = moe.Routing(chosen, weights, None), partial(moe.experts_dense, remat=False)
+        return expert_parallel.experts_exchanged(run, x, routing, *local).sum()
+
+    def all_devices(chosen, *operands):
+        parts = [operand.reshape(devices, -1, *operand.shape[1:]) for operand in (chosen, *operands)]
+        gradients = jax.vmap(jax.grad(one_device, range(1, 6)), axis_name="expert")(*parts)
+        return [part.reshape(operand.shape) for part, operand in zip(gradients, operands, strict=True)]
+
+    got, expected = jax.jit(all_devices)(picked, *operands), jax.jit(jax.grad(everywhere, range(5)))(*operands)
+    for what, a, b in zip(("x", "weights", "gate", "up", "down"), got, expected, strict=True):
+        assert relative_error(np.asarray(a), np.asarray(b)) <= 1e-5, what
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

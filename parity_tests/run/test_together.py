@@ -247,9 +247,11 @@ def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch,
     from flax_model import processes
 
     given: list[object] = []
+    rules: dict[str, object] = {}
 
-    def initialize(coordinator, count, index, local_device_ids, **_: object) -> None:
+    def initialize(coordinator, count, index, local_device_ids, **more: object) -> None:
         given.append(local_device_ids)
+        rules.update(more)
         raise RuntimeError("as far as this goes")
 
     def leave(error: BaseException, *_: object) -> None:
@@ -259,11 +261,22 @@ def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch,
     for name, value in (srun | {"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": visible}).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(processes.jax.config, "update", rules.__setitem__)
     monkeypatch.setattr(processes, "_filter_errors", lambda: None)
     monkeypatch.setattr(processes, "leave", leave)
     with pytest.raises(UserError, match="as far as this goes"), processes.joined(None, None, None):
         pass
     assert given == [taken]
+    assert rules == {
+        "jax_cpu_collectives_implementation": "gloo",
+        "jax_enable_preemption_service": False,
+        "cluster_detection_method": None,
+        "initialization_timeout": processes.CONNECT,
+        "heartbeat_timeout_seconds": processes.SILENCE,
+        "shutdown_timeout_seconds": processes.SHUTDOWN,
+    }
+    with pytest.raises(UserError, match="as far as this goes"), processes.joined("a:1", 2, 1):
+        pass  # what is given, no launcher is asked for, nor is its number of the GPU taken
+    assert given == [taken, None] and rules["cluster_detection_method"] == "deactivate"
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2")
     assert processes.own_gpus() is None
