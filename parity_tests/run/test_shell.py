@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,8 @@ def test_a_stale_note_is_recognised(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")
     (tmp_path / HOLDER).write_text(note(1, "elsewhere"))
+    for file in (metrics, tmp_path / HOLDER):
+        os.utime(file, (time.time() - 600,) * 2)  # a step, or an evaluation, may take as long
     with pytest.raises(UserError, match="elsewhere.*remove"):
         with exclusive(tmp_path, "metrics.jsonl"):
             pass

@@ -257,6 +257,11 @@ def process_3(monkeypatch: pytest.MonkeyPatch) -> None:
             False,
             "torchrun: process 2 of this machine has no GPU: 2 are here; use --nproc-per-node 2, or --device cpu",
         ),
+        (
+            "cuda",
+            None,
+            "torchrun: LOCAL_RANK is not set, the number of this process on its machine; see docs/cluster.md",
+        ),
         ("auto", True, "--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu"),
         ("mps", False, "--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu"),
     ],
@@ -264,14 +269,16 @@ def process_3(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_without_a_device_of_its_own_is_refused(
     process_3: None,
     device: str,
-    on_a_mac: bool,
+    on_a_mac: bool | None,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    if on_a_mac is None:  # started by hand, with what torch itself asks for
+        monkeypatch.delenv("LOCAL_RANK")
     if on_a_mac:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: on_a_mac)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: bool(on_a_mac))
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit, match="2"), processes.joined(device):
         pass
