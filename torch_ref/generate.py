@@ -89,9 +89,7 @@ def decode(
     """
     dtype = getattr(torch, compute.dtype)
     slot = prompt + step
-    width = slot + 1
-    if token.device.type != "cpu":
-        width = min(-(-width // SLOTS_TOGETHER) * SLOTS_TOGETHER, cache.shape[2])
+    width = _slots_read(slot, cache.shape[2], token.device)
     slots = torch.arange(width, device=token.device)
     visible = (slots < lengths[:, None]) | ((slots >= prompt) & (slots <= slot))
     mask = operand(torch.zeros_like(visible, dtype=dtype)).masked_fill(~visible, float("-inf"))[:, None]
@@ -101,6 +99,13 @@ def decode(
         x = x + attend_latents(block.attention, weights, weights.input_norm(x), rope, layer[:, :width], slot, mask)
         x = x + feed_forward(block, weights.post_attention_norm(x), compute)
     return model.logits(model.norm(x))
+
+
+def _slots_read(slot: int, slots: int, device: torch.device) -> int:
+    """How many of the cache's slots are read for the token in `slot`, which does not see them all."""
+    if device.type == "cpu":
+        return slot + 1
+    return min(-(-(slot + 1) // SLOTS_TOGETHER) * SLOTS_TOGETHER, slots)
 
 
 class Norm(NamedTuple):

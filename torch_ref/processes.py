@@ -43,6 +43,9 @@ def joined(device: str) -> Iterator[Processes]:
         if device == "mps" or (device == "auto" and not on_gpu and torch.backends.mps.is_available()):
             raise UserError("--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu")
         if on_gpu:
+            if "LOCAL_RANK" not in os.environ:
+                said = "LOCAL_RANK is not set, the number of this process on its machine; see docs/cluster.md"
+                raise UserError(f"torchrun: {said}")
             number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if number >= there:
                 some = f"{there} are here; use --nproc-per-node {there}"

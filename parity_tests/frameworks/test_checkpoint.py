@@ -90,7 +90,7 @@ def test_names_are_found_in_order_and_everything_else_is_not(backend, tmp_path):
     assert backend.find(tmp_path)[1] == (9, damaged)  # what is left of a checkpoint must not be taken for none
     backend.delete(damaged)
     assert paths["step_3"].name == f"step_3{backend.checkpoint_suffix}"
-    backend.delete(paths["step_20"])
+    backend.delete(backend.save(tmp_path, "step_20", META))  # while it is written, where that is in the background
     assert not paths["step_20"].exists()
     assert [path for _, path in backend.find(tmp_path)] == [paths[name] for name in in_order if name != "step_20"]
     assert backend.find(tmp_path / "absent") == []

@@ -12,6 +12,7 @@ import pytest
 
 from parity_tests.support.backends import CONFIG
 from torch_ref.spec.config import ComputeConfig
+from torch_ref.spec.interface import UserError
 
 
 def test_abstract_state_is_that_of_the_model():
@@ -19,7 +20,7 @@ def test_abstract_state_is_that_of_the_model():
     pytest.importorskip("flax")
     import numpy as np
 
-    from flax_model.sharding import abstract_parameters, decay_mask, make_mesh
+    from flax_model.sharding import abstract_parameters, decay_mask, make_mesh, partition
     from flax_model.values import from_values
     from torch_ref.spec.parameters import initial_values, parameter_table
 
@@ -33,6 +34,8 @@ def test_abstract_state_is_that_of_the_model():
     sizes = jax.tree.map(lambda leaf, decays: leaf.size * decays, abstract[0], mask)
     decayed = sum(row.size for row in parameter_table(config) if row.decay)
     assert sum(jax.tree.leaves(sizes)) == decayed
+    # What no dimension of can be split evenly stays whole.
+    assert not any(any(partition(row, (1, 7, 1))) for row in parameter_table(CONFIG))
     assert not mask["norm"]["weight"] and mask["layers"]["mlp"]["router"]["weight"]
 
 
@@ -62,6 +65,22 @@ assert up.sharding.shard_shape(up.shape) == (layers, experts // 2, ffn // 2, hid
 tokens = jax.device_put(np.zeros((3, 4, 8), np.int32), batch_sharding(mesh))
 assert {shard.data.shape for shard in tokens.addressable_shards} == {(3, 1, 8)}
 """
+
+
+def test_no_device_of_several_processes_is_left_idle(monkeypatch):
+    """One process may take some of its devices; of several, one would have none and wait for the others."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    from flax_model.sharding import mesh_devices
+
+    first = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda platform: [first, 1, 2, 3])
+    assert mesh_devices(first, (1, 1, 1)) == [first] and mesh_devices(first, (2, 1, 1)) == [first, 1]
+    for processes, shape in ((1, (8, 1, 1)), (2, (8, 1, 1)), (2, (1, 2, 1)), (2, (1, 1, 1))):
+        monkeypatch.setattr(jax, "process_count", lambda processes=processes: processes)
+        with pytest.raises(UserError, match=f"fsdp={shape[1]},expert=1: takes .* devices, and there are 4"):
+            mesh_devices(first, shape)
+    assert mesh_devices(first, (2, 2, 1)) == [first, 1, 2, 3]
 
 
 def test_a_copy_of_the_state_takes_what_this_process_holds():

@@ -227,6 +227,17 @@ def test_recorded_steps_are_the_steps_themselves(recording, monkeypatch, micro_b
         np.testing.assert_array_equal(tensor, expected_state[name], err_msg=name)
 
 
+def test_another_shape_or_another_setting_is_recorded_anew(recording):
+    """A micro-batch of one row would fill both of another's."""
+    made, _ = recorded(recording, 2, steps=1)
+    made.optimizer_config = replace(OPTIMIZER, micro_batch_size=1)
+    made.step(*batch(1))
+    assert recording["recordings"] == 2
+    made.keep_within_documents(0)
+    made.step(*batch(2))
+    assert recording["recordings"] == 3
+
+
 def test_a_recording_keeps_the_rotary_table_that_it_reads(recording):
     """An evaluation of another length replaces the model's; the memory would be another tensor's."""
     made, _ = recorded(recording, 4, steps=1)
@@ -240,6 +251,7 @@ def test_a_recording_keeps_the_rotary_table_that_it_reads(recording):
     [
         ("stale batch", "not those of the pass itself"),
         ("a gradient not written", "not those of the pass itself"),
+        ("a gradient not a number", "not those of the pass itself"),
         ("not recorded", "operation not permitted when stream is capturing"),
     ],
 )
@@ -252,7 +264,7 @@ def test_a_recording_that_is_wrong_is_not_used(recording, monkeypatch, fault, pr
         if fault == "stale batch":
             return lambda: None, run()
         replay, results = stand_in(run)
-        return lambda: (replay(), results[1][0].zero_()), results
+        return lambda: (replay(), results[1][0].fill_(0 if "written" in fault else np.nan)), results
 
     monkeypatch.setattr(cuda_graph, "record", record)
     with pytest.warns(UserWarning, match=f"one CUDA graph .*{problem}"):

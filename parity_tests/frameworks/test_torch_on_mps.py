@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from torch_ref import layers, loss, mps, self_check  # noqa: E402
+from torch_ref import generate, layers, loss, mps, self_check  # noqa: E402
 from torch_ref.loss import cross_entropy, cross_entropy_plain  # noqa: E402
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
@@ -114,3 +114,11 @@ def test_nothing_is_done_elsewhere():
     assert mps.rows_at_once(64, 2048, torch.device("cpu")) == 64
     for differs in (mps.sums_too_far, mps.takes_two_axes):
         assert [differs(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "device, expected", [("mps", [256, 256, 512, 512, 700, 700]), ("cpu", [1, 256, 257, 512, 513, 700])]
+)
+def test_a_token_reads_the_cache_up_to_its_own_slot_at_least(device, expected):
+    slots = (0, 255, 256, 511, 512, 699)
+    assert [generate._slots_read(slot, 700, torch.device(device)) for slot in slots] == expected

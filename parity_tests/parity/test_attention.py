@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from parity_tests.harness.measure import relative_error
-from parity_tests.support.backends import FRAMEWORKS
+from parity_tests.support.backends import CONFIG, FRAMEWORKS
 from parity_tests.support.gradients import gradients, module
+from torch_ref.spec.parameters import rope_table
 
 LENGTHS = [1, 2, 5, 63, 64, 65, 300]
 
@@ -80,3 +81,15 @@ def test_no_position_sees_a_later_one(framework, path, seq, dtype, monkeypatch):
     after = attend(operands)
     np.testing.assert_array_equal(after[:, :position], before[:, :position])
     assert (after[:, position:] != before[:, position:]).any(-1).all()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_rotary_table_of_a_model_in_bfloat16_is_in_float32(framework):
+    dtype, where = "bfloat16", ()
+    if framework == "torch":
+        import torch
+
+        dtype, where = torch.bfloat16, (torch.device("cpu"),)
+    rope = module(framework, "rotary").make_rope(CONFIG, 5, dtype, *where)
+    for got, expected in zip(rope, rope_table(CONFIG, 5), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), expected.astype(np.float32), strict=True)

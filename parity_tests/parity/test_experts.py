@@ -1,7 +1,7 @@
 """Experts by each path against all experts on all tokens, values and gradients, on routings made to break them; and how
 the router chooses."""
 
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 
 from parity_tests.harness.measure import relative_error
 from parity_tests.support.backends import CONFIG, FRAMEWORKS
-from parity_tests.support.gradients import flax_gradients, gradients, integers, module
+from parity_tests.support.gradients import flax_gradients, floats, gradients, integers, module
 
 HIDDEN, FFN = 12, 20
 
@@ -192,6 +192,39 @@ def test_faults_in_kernels_are_seen(fault, monkeypatch):
     assert max(relative_error(got, expected) for got, expected in pairs) > 2 * KERNEL_BOUNDS["bfloat16"]
 
 
+def test_experts_of_several_devices_drop_nothing(monkeypatch):
+    """Four devices, by the axis of a `vmap`, with two experts each: every token takes both of one, and another."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("flax")
+    import jax.numpy as jnp
+
+    from flax_model import expert_parallel, moe
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, cuda: default(*operands))
+    devices, tokens, experts = 4, 6, 8
+    generator = np.random.default_rng(0)
+    picked = np.array([[2, 3, 5 + token % 2] for token in range(devices * tokens)])
+    shapes = ((devices * tokens, HIDDEN), picked.shape, (experts, FFN, HIDDEN), (experts, FFN, HIDDEN))
+    x, weights, gate, up = (generator.standard_normal(shape).astype(np.float32) for shape in shapes)
+    operands = x, weights, gate, up, up.swapaxes(1, 2).copy()
+
+    def everywhere(x, weights, *experts):
+        return moe.experts_dense(x, moe.Routing(jnp.asarray(picked), weights, None), *experts, False).sum()
+
+    def one_device(chosen, x, weights, *local):
+        routing, run = moe.Routing(chosen, weights, None), partial(moe.experts_dense, remat=False)
+        return expert_parallel.experts_exchanged(run, x, routing, *local).sum()
+
+    def all_devices(chosen, *operands):
+        parts = [operand.reshape(devices, -1, *operand.shape[1:]) for operand in (chosen, *operands)]
+        gradients = jax.vmap(jax.grad(one_device, range(1, 6)), axis_name="expert")(*parts)
+        return [part.reshape(operand.shape) for part, operand in zip(gradients, operands, strict=True)]
+
+    got, expected = jax.jit(all_devices)(picked, *operands), jax.jit(jax.grad(everywhere, range(5)))(*operands)
+    for what, a, b in zip(("x", "weights", "gate", "up", "down"), got, expected, strict=True):
+        assert relative_error(np.asarray(a), np.asarray(b)) <= 1e-5, what
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_ties_go_to_the_lowest_index(framework):
     scores = np.array([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.7, 0.7], [0.2, 0.1, 0.2, 0.3]], np.float32)
@@ -233,3 +266,27 @@ def test_balance_bias_steers_the_choice_and_never_the_weights(framework):
     assert (biased_chosen[:, 0] == 2).all() and (chosen != 2).all(1).any()
     taken = np.take_along_axis(scores, biased_chosen, axis=1)
     np.testing.assert_allclose(biased_weights, taken / taken.sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_router_computes_in_float32_and_survives_scores_of_nothing(framework):
+    """Whatever the dtype of its input: a choice hangs on it. Where all scores underflow, no weight is 0 / 0."""
+    moe = module(framework, "moe")
+    generator = np.random.default_rng(4)
+    x, router = (generator.standard_normal(shape).astype(np.float32) for shape in ((30, HIDDEN), (4, HIDDEN)))
+    x, router, bias = (floats(framework, array) for array in (x, router, np.zeros(4, np.float32)))
+
+    def routes(x):
+        half = x.bfloat16() if framework == "torch" else x.astype("bfloat16")
+        widened = half.float() if framework == "torch" else half.astype("float32")
+        given = (half, router), (widened, router), (abs(x), 0 * router - 1000)
+        return [moe.route(*each, bias, CONFIG) for each in given]
+
+    if framework == "flax":
+        import jax
+
+        routes = jax.jit(routes)
+    *halves, nothing = routes(x)
+    for got, expected in zip(*halves, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected), strict=True)
+    assert not np.asarray(nothing.scores).any() and not np.asarray(nothing.weights).any()

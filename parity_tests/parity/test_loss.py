@@ -47,7 +47,14 @@ def test_chunked_loss_in_bfloat16_against_the_plain_one_in_float32(monkeypatch, 
     expected = loss_and_gradients(
         lambda h, e: loss.cross_entropy_plain(h, e, targets), *(operand.float() for operand in operands)
     )
-    assert got[2].dtype == torch.float32
+    assert got[0].dtype == got[2].dtype == torch.float32
+    # What comes from above scales the gradients in float32, too: a mean's 1 / tokens is no number of 8 bits.
+    scaled = loss_and_gradients(lambda h, e: 0.3 * loss.cross_entropy(h, e, targets, 32), *operands)
+    assert torch.equal(scaled[1], (0.3 * got[1].float()).bfloat16())
+    (alone,) = torch.autograd.grad(
+        loss.cross_entropy(leaf := operands[0].requires_grad_(), operands[1], targets, 32), leaf
+    )
+    assert torch.equal(alone, got[1]), "of an embedding that is not trained"
     for what, a, b in zip(("loss", "hidden", "embedding"), got, expected, strict=True):
         assert relative_error(a.float(), b) <= 2e-2, what
 

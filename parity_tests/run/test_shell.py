@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,8 @@ def test_a_stale_note_is_recognised(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")
     (tmp_path / HOLDER).write_text(note(1, "elsewhere"))
+    for file in (metrics, tmp_path / HOLDER):
+        os.utime(file, (time.time() - 600,) * 2)  # a step, or an evaluation, may take as long
     with pytest.raises(UserError, match="elsewhere.*remove"):
         with exclusive(tmp_path, "metrics.jsonl"):
             pass
@@ -252,6 +255,10 @@ def test_a_file_system_without_locks_is_guarded_by_the_note(tmp_path, monkeypatc
     with pytest.raises(UserError, match="another process"):
         with exclusive(tmp_path, "metrics.jsonl"):
             pass
+    # In a container that is started again the run has the number that it had before.
+    (tmp_path / HOLDER).write_text(note(os.getpid()))
+    with exclusive(tmp_path, "metrics.jsonl"):
+        pass
 
 
 # --------------------------------------------------------------------------------------------------------- platforms

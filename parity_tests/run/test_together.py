@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -204,6 +205,28 @@ def test_settings_of_processes_are_refused(flags: dict, message: str) -> None:
     assert str(refusal.value).startswith(message)
 
 
+@pytest.mark.parametrize("package", ["torch_ref", "flax_model"])
+def test_the_least_memory_of_all_processes_counts(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that does not know its own nothing is known of all."""
+    pytest.importorskip({"torch_ref": "torch", "flax_model": "jax"}[package])
+    module, asked = importlib.import_module(f"{package}.processes"), []
+    platform = () if package == "torch_ref" else ("cpu",)
+    assert module.least(7, *platform) == 7, "alone"
+
+    def agree(wishes: Sequence[int], *_: object) -> Callable[[], list[int]]:
+        asked.append(wishes)
+        assert package == "torch_ref" or max(map(abs, wishes)) < 2**31, "Flax agrees in 32 bits"
+        return lambda: [max(each) for each in zip(*asked, strict=True)]
+
+    monkeypatch.setattr(module, "agree", agree)
+    name, answer = ("dist.is_initialized", True) if platform == () else ("jax.process_count", 2)
+    monkeypatch.setattr(f"{package}.processes.{name}", lambda: answer)
+    for mine, others, least in ((70, 50, 50), (50, 70, 50), (None, 50, None), (50, None, None)):
+        asked.clear()
+        module.least(others and others << 30, *platform)
+        assert module.least(mine and mine << 30, *platform) == (least and least << 30)
+
+
 def test_launchers_say_whether_there_are_several() -> None:
     pytest.importorskip("jax")
     from flax_model.processes import launched
@@ -224,9 +247,11 @@ def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch,
     from flax_model import processes
 
     given: list[object] = []
+    rules: dict[str, object] = {}
 
-    def initialize(coordinator, count, index, local_device_ids, **_: object) -> None:
+    def initialize(coordinator, count, index, local_device_ids, **more: object) -> None:
         given.append(local_device_ids)
+        rules.update(more)
         raise RuntimeError("as far as this goes")
 
     def leave(error: BaseException, *_: object) -> None:
@@ -236,11 +261,22 @@ def test_the_gpu_of_a_process_is_the_one_that_its_launcher_shows_it(monkeypatch,
     for name, value in (srun | {"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": visible}).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(processes.jax.config, "update", rules.__setitem__)
     monkeypatch.setattr(processes, "_filter_errors", lambda: None)
     monkeypatch.setattr(processes, "leave", leave)
     with pytest.raises(UserError, match="as far as this goes"), processes.joined(None, None, None):
         pass
     assert given == [taken]
+    assert rules == {
+        "jax_cpu_collectives_implementation": "gloo",
+        "jax_enable_preemption_service": False,
+        "cluster_detection_method": None,
+        "initialization_timeout": processes.CONNECT,
+        "heartbeat_timeout_seconds": processes.SILENCE,
+        "shutdown_timeout_seconds": processes.SHUTDOWN,
+    }
+    with pytest.raises(UserError, match="as far as this goes"), processes.joined("a:1", 2, 1):
+        pass  # what is given, no launcher is asked for, nor is its number of the GPU taken
+    assert given == [taken, None] and rules["cluster_detection_method"] == "deactivate"
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2")
     assert processes.own_gpus() is None

@@ -7,6 +7,7 @@ import importlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +18,9 @@ pytest.importorskip("torch", reason="torchrun is torch's")
 
 import torch
 
+from parity_tests.support.backends import make_backend
 from parity_tests.support.processes import OF_A_LIBRARY, OF_A_PEER, Started, differences, free_port, settings, started
+from torch_ref import processes, sharding
 from torch_ref.spec.processes import Processes
 from train.run.runlog import read_metrics
 
@@ -174,8 +177,6 @@ def first_steps_differ(folder: Path, straight: Path, *argv: str, program: str = 
 
 def test_all_groups_wait_for_a_process_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself a group waits half an hour, or on GPUs ten minutes, whatever that of all processes does."""
-    from torch_ref import processes, sharding
-
     made = []
     monkeypatch.setattr(sharding.dist, "new_group", lambda members, timeout: made.append((members, timeout)))
     sharding.make_mesh(Processes(4, 0), (2, 2, 1), torch.device("cpu"))
@@ -239,15 +240,107 @@ def test_mistakes_are_one_line(folder: Path, argv: list[str], said: str, capsys:
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from torch_ref.processes import joined
-
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+@pytest.fixture
+def process_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four, the third of its machine, which has two GPUs."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "on_a_mac", "said"),
+    [
+        (
+            "auto",
+            False,
+            "torchrun: process 2 of this machine has no GPU: 2 are here; use --nproc-per-node 2, or --device cpu",
+        ),
+        (
+            "cuda",
+            None,
+            "torchrun: LOCAL_RANK is not set, the number of this process on its machine; see docs/cluster.md",
+        ),
+        ("auto", True, "--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu"),
+        ("mps", False, "--device mps: trains in one process alone; torchrun is for GPUs, or --device cpu"),
+    ],
+)
+def test_a_process_without_a_device_of_its_own_is_refused(
+    process_3: None,
+    device: str,
+    on_a_mac: bool | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    if on_a_mac is None:  # started by hand, with what torch itself asks for
+        monkeypatch.delenv("LOCAL_RANK")
+    if on_a_mac:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: bool(on_a_mac))
     monkeypatch.setattr("os._exit", sys.exit)
-    with pytest.raises(SystemExit, match="2"), joined("auto"):
+    with pytest.raises(SystemExit, match="2"), processes.joined(device):
         pass
-    said = "process 3 of this machine has no GPU: 2 are here; use --nproc-per-node 2, or --device cpu"
-    assert capsys.readouterr().err == f"error: torchrun: {said}\n"
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_how_a_process_joins_the_others(process_3: None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the GPU of its number; whoever does not come is missed soon, and whoever is late is waited for."""
+    calls: list[object] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.set_device", calls.append)
+    stand_ins = {
+        "init_process_group": lambda backend, timeout: calls.extend((backend, timeout.total_seconds())),
+        "set_timeout": lambda timeout: calls.append(timeout.total_seconds()),
+        "get_world_size": lambda: 4,
+        "get_rank": lambda: 3,
+        "destroy_process_group": lambda: calls.append("end"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(processes.dist, name, stand_in, raising=False)
+    with processes.joined(device) as joined:
+        calls.append(joined)
+    backend = [1, "cpu:gloo,cuda:nccl"] if device == "cuda" else ["gloo"]
+    assert calls == [*backend, processes.CONNECT, processes.WAIT, Processes(4, 3), "end"]
+
+
+def test_torchrun_says_whether_there_are_several() -> None:
+    assert processes.launched({"WORLD_SIZE": "2", "RANK": "0"})
+    for other in ({}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "2"}):  # the last is not torchrun's
+        assert not processes.launched(other)
+
+
+def test_gradients_of_any_size_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In messages of at most `BUCKET` bytes, or one tensor, of which the models of tests fill none."""
+    messages = []
+    monkeypatch.setattr(sharding.dist, "all_reduce", lambda flat, group: messages.append(len(flat)) or flat.mul_(2))
+    monkeypatch.setattr(sharding, "BUCKET", 4 * 10)
+    tensors = [torch.arange(size, dtype=torch.float32) + size for size in (4, 6, 1, 25, 3, 2)]
+    tensors[-2:] = [torch.ones(3, 2).T, torch.tensor(5.0)]
+    before = [tensor.clone() for tensor in tensors]
+    sharding.sum_over(iter(tensors), sharding.dist.ProcessGroup(0, 2))
+    assert messages == [10, 1, 25, 7]
+    assert all(torch.equal(after, 2 * tensor) for after, tensor in zip(tensors, before, strict=True))
+
+
+def test_a_save_is_there_for_all_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ask each other then; one of them writes and deletes."""
+    backend = make_backend("torch")
+    backend.init(0)
+    said: list[object] = []
+
+    def agree(wishes: Sequence[int]) -> Callable[[], list[int]]:
+        said.append((tmp_path / "step_0.pt").exists())
+        return lambda: said.append("all are here") or list(wishes)
+
+    monkeypatch.setattr(backend, "agree", agree)
+    for number in (1, 0):
+        backend.processes = Processes(2, number)
+        path = backend.save(tmp_path, "step_0", {})
+    assert said == [False, "all are here", True, "all are here"]
+    for number in (1, 0):
+        backend.processes = Processes(2, number)
+        backend.delete(path)
+        assert path.exists() == (number == 1)

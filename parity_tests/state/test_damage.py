@@ -167,6 +167,7 @@ def test_weights_of_another_model_are_refused_by_name(saved, tmp_path):
     assert locate(tmp_path / "weights").path == weights
     sidecar = tmp_path / "weights" / SIDECAR
     model = json.loads(sidecar.read_text())["model"]
+    (tmp_path / "weights/settings.toml").write_text("[model]\nnum_layers = 9\n")  # another run's
     for changed, said in (({"v_head_dim": 16}, "the config beside it asks for"), ({"num_layers": 3}, "missing")):
         sidecar.write_text(json.dumps({"model": model | changed}))
         with pytest.raises(UserError, match=f"{weights.name}: .*{said}"):
