@@ -10,7 +10,9 @@ import pytest
 
 from torch_ref.spec.interface import UserError
 from train import command_line
-from train.data.corpus import Reader
+from train.data.corpus import Reader, compare_identity
+from train.data.feed import open_data
+from train.data.options import DataOptions
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -73,6 +75,23 @@ def test_a_damaged_file_of_a_folder_is_not_left_out(name, content, said, tmp_pat
     write(tmp_path, **{"a.jsonl": LINE, name: content})
     with pytest.raises(UserError, match=f"--data: .*{said}"):
         FileSource(str(tmp_path), option="--data")
+
+
+def test_the_logs_of_runs_in_a_folder_are_not_read(tmp_path):
+    """A run in the folder that it reads could not go on: its own log would be another file of its data."""
+    write(tmp_path, **{"a.txt": b"a text", "other/metrics.jsonl": LINE})  # not beside the files of a run
+    options = DataOptions(dataset=str(tmp_path), tokenizer="bpe", vocab_size=300, seq_len=8, validation_fraction=0)
+    run = tmp_path / "runs" / "x"
+    first = open_data(options, run)
+    assert list(first.identity["files"]) == ["a.txt", "other/metrics.jsonl"]
+    write(run, **{"metrics.jsonl": LINE, "metrics.cut.jsonl": LINE, "python-docs.jsonl": LINE})
+    second = open_data(options, run, resume=True)
+    assert compare_identity(first.identity, second.identity) == []
+    assert "runs/x/metrics.cut.jsonl, runs/x/metrics.jsonl, runs/x/python-docs.jsonl (of a run)" in second.notes[1]
+    assert names_of(run / "*.jsonl") == ["metrics.cut.jsonl", "metrics.jsonl", "python-docs.jsonl"]  # named itself
+    kept = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(kept | {"rules": 2}))  # of a run that began before
+    assert "runs/x/metrics.jsonl" in open_data(options, run, resume=True).identity["files"]
 
 
 def test_a_folder_of_markdown_is_text(tmp_path):
