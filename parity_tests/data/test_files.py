@@ -110,6 +110,13 @@ def test_what_is_named_is_read(tmp_path):
     assert names_of(tmp_path, without=[tmp_path / "c.jsonl"]) == ["a.jsonl", "b.json"]
 
 
+def test_an_empty_name_is_not_the_present_folder(tmp_path, monkeypatch):
+    """As from a variable that is not set: `--dataset "$DATA"`."""
+    monkeypatch.chdir(write(tmp_path, **{"a.jsonl": LINE}))
+    with pytest.raises(UserError, match="--dataset: an empty name"):
+        names_of("")
+
+
 def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):
     write(tmp_path, **{"b.json": b'{"body": "x"}\n', "c.pdf": b""})
     with pytest.raises(UserError, match="b.json .no rows with the text field") as error:

@@ -60,6 +60,8 @@ def find_files(
     otherwise, and `without`. `former` searches a folder as runs did that began before. `option` named the pattern.
 
     Raises `UserError` if there is no file that can be read, and what `is_data` raises."""
+    if not pattern:  # as a path it would be the folder that we are in
+        raise UserError(f"{option}: an empty name; give files, a folder or a glob")
     path = user_path(pattern)
     left_out: dict[str, list[str]] = {}
     if path.is_dir():
