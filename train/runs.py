@@ -53,7 +53,7 @@ def summarize(folder: Path) -> RunSummary:
     ended = records[-1].get("state", "stopped") if records and records[-1]["kind"] == "end" else "stopped"
     return RunSummary(
         folder=folder,
-        preset=settings.get("preset", "?"),
+        preset=str(settings.get("preset", "?")),
         step=last["step"],
         steps=planned,
         loss=last.get("loss"),

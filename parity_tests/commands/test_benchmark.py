@@ -82,7 +82,7 @@ def test_questions_are_worded_as_in_the_harness(tmp_path):
         "plain": Question("Question: 2 + 2?\nAnswer:", ("3", "4"), 1),
     }
     for layout, record in records.items():
-        (tmp_path / f"{layout}.jsonl").write_text(json.dumps(record) + "\n\n")
+        (tmp_path / f"{layout}.jsonl").write_text("\ufeff" + json.dumps(record) + "\r\n\n", encoding="utf-8")
         assert list(read_questions(tmp_path / f"{layout}.jsonl")) == [expected[layout]], layout
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from torch_ref.spec.interface import UserError
 from train import command_line
-from train.data.corpus import Reader
+from train.data.corpus import Reader, compare_identity
+from train.data.feed import open_data
+from train.data.options import DataOptions
 from train.data.sources import FileSource
 from train.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -75,6 +77,23 @@ def test_a_damaged_file_of_a_folder_is_not_left_out(name, content, said, tmp_pat
         FileSource(str(tmp_path), option="--data")
 
 
+def test_the_logs_of_runs_in_a_folder_are_not_read(tmp_path):
+    """A run in the folder that it reads could not go on: its own log would be another file of its data."""
+    write(tmp_path, **{"a.txt": b"a text", "other/metrics.jsonl": LINE})  # not beside the files of a run
+    options = DataOptions(dataset=str(tmp_path), tokenizer="bpe", vocab_size=300, seq_len=8, validation_fraction=0)
+    run = tmp_path / "runs" / "x"
+    first = open_data(options, run)
+    assert list(first.identity["files"]) == ["a.txt", "other/metrics.jsonl"]
+    write(run, **{"metrics.jsonl": LINE, "metrics.cut.jsonl": LINE, "python-docs.jsonl": LINE})
+    second = open_data(options, run, resume=True)
+    assert compare_identity(first.identity, second.identity) == []
+    assert "runs/x/metrics.cut.jsonl, runs/x/metrics.jsonl, runs/x/python-docs.jsonl (of a run)" in second.notes[1]
+    assert names_of(run / "*.jsonl") == ["metrics.cut.jsonl", "metrics.jsonl", "python-docs.jsonl"]  # named itself
+    kept = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(kept | {"rules": 2}))  # of a run that began before
+    assert "runs/x/metrics.jsonl" in open_data(options, run, resume=True).identity["files"]
+
+
 def test_a_folder_of_markdown_is_text(tmp_path):
     assert names_of(write(tmp_path, **{"README.md": b"about", "a.md": b"more", "b.txt": b"x"})) == [
         "README.md",
@@ -89,6 +108,13 @@ def test_what_is_named_is_read(tmp_path):
     assert names_of(tmp_path / "README.md") == ["README.md"]
     assert names_of(tmp_path / "[ac].*") == ["a.jsonl", "c.jsonl"]
     assert names_of(tmp_path, without=[tmp_path / "c.jsonl"]) == ["a.jsonl", "b.json"]
+
+
+def test_an_empty_name_is_not_the_present_folder(tmp_path, monkeypatch):
+    """As from a variable that is not set: `--dataset "$DATA"`."""
+    monkeypatch.chdir(write(tmp_path, **{"a.jsonl": LINE}))
+    with pytest.raises(UserError, match="--dataset: an empty name"):
+        names_of("")
 
 
 def test_a_folder_with_nothing_to_read_says_what_is_there(tmp_path):

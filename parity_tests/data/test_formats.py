@@ -160,7 +160,7 @@ def test_an_array_in_chunks_of_any_size():
     for chunk in (1, 2, 7, 64, 10**6):
         for indent in (None, 1):
             assert list(array_elements(io.StringIO(json.dumps(values, indent=indent)), chunk)) == values
-    assert list(array_elements(io.StringIO(" [ ]"), 3)) == []
+    assert list(array_elements(io.StringIO(" [ ]" + " \n" * 9), 3)) == []
 
 
 # -------------------------------------------------------------------------------------------------------- bad rows
@@ -172,6 +172,7 @@ def test_an_array_in_chunks_of_any_size():
         ("a.json", b'[{"text": "one"}, {"other": 2}, 7, {"text": "\xff"}, {"text": "five"}]', ["one", "five"], [
             "a.json:2: the field 'text' is missing", "a.json:3: not a JSON object", "a.json:4: invalid UTF-8"]),
         ("a.json", b'[{"text": "one"}, {"text": "two"', ["one"], ["a.json:2: not JSON from here on: the rest of the"]),
+        ("a.json", b'[{"text": "one"}]\n\n[{"text": "two"}]', ["one"], ["a.json:2: behind the end of the array"]),
         ("a.json", b'[{"text": "one"}, {text: 2}, {"text": "three"}]', ["one"], ["a.json:2: not JSON from here on"]),
         ("a.csv", b'id,text\n1,one\n2\n3,"thr"ee\n4,\xff\n\n5,"f\nive"\n6,six\n', ["one", "f\nive", "six"], [
             "a.csv:3: 1 cells, not 2", "a.csv:4: not well-formed, lines 4 to 4", "a.csv:5: invalid UTF-8"]),

@@ -91,7 +91,7 @@ def test_without_a_network_one_line_says_so_at_once(tmp_path):
     code = OPEN.format(arguments=("HuggingFaceTB/smollm-corpus", None, None))
     output, seconds = run_with_hub("http://127.0.0.1:9", tmp_path, code)
     assert output.count("\n") == 1 and "can't be reached" in output and "--preset tiny" in output
-    assert "--dataset HuggingFaceTB/smollm-corpus" in output and seconds < 30
+    assert "--dataset HuggingFaceTB/smollm-corpus: there is no such file or folder, and" in output and seconds < 30
 
 
 def test_a_name_that_is_nowhere(tmp_path):

@@ -130,7 +130,7 @@ def test_a_run_of_one_dataset_is_what_it_always_was(options, tmp_path):
     data = open_data(one, tmp_path / "one")
     assert set(take(data, 1)[0].cursor) == {"epoch", "window", "stream", "document", "token", "carry"}
     kept = json.loads((tmp_path / "one" / "data.json").read_text())
-    assert kept == {"dataset": one.dataset, "revision": None, "tokenizer": one.tokenizer, "rules": 2}
+    assert kept == {"dataset": one.dataset, "revision": None, "tokenizer": one.tokenizer, "rules": 3}
     listed = open_data(dataclasses.replace(one, dataset=[one.dataset], dataset_weights=[3.0]), tmp_path / "listed")
     assert listed.identity == data.identity and same(take(listed, 3), take(data, 3))
 

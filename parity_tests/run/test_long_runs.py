@@ -13,6 +13,7 @@ from parity_tests.support.fakes import MODEL, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.flops import bf16_peak, flops_per_token
 from torch_ref.spec.interface import UserError
+from train.run.changes import changes_since
 from train.shell import COMPLETE
 
 
@@ -40,6 +41,20 @@ def test_a_run_with_a_stable_phase_is_extended_exactly(stage: Stage, tmp_path: P
     assert branch.losses() == long.losses()[8:]
     assert branch.records("step")[-1]["learning_rate"] == pytest.approx(0.01)
     assert "step_14.npz" in branch.files("checkpoints")
+
+
+def test_a_refusal_says_where_earlier_checkpoints_are(tmp_path: Path) -> None:
+    """Whatever `--resume-from` names: a run folder, a checkpoint in it, a neutral folder."""
+    run, neutral = tmp_path / "run", tmp_path / "neutral"
+    (run / "checkpoints").mkdir(parents=True)
+    neutral.mkdir()
+    (neutral / "state.json").touch()
+    meta = {"options": small_options(**WSD).to_dict(), "data": {}}
+    for checkpoint in (run, run / "checkpoints" / "step_final_12.npz", neutral):
+        with pytest.raises(UserError) as refusal:
+            changes_since(checkpoint, meta, small_options(**WSD | {"steps": 18}), [], {}, 12)
+        where = "the former run" if checkpoint == neutral else run / "checkpoints"
+        assert f"the checkpoint of step 8 or an earlier one in {where}, with" in str(refusal.value)
 
 
 @pytest.mark.parametrize("profile_steps", ["", "16-17"])

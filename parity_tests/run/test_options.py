@@ -102,7 +102,7 @@ def test_precedence(tmp_path: Path) -> None:
 
 def test_model_presets_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('[model]\npreset = "small"\nfirst_k_dense = 1\n')
+    file.write_text('\ufeff[model]\npreset = "small"\nfirst_k_dense = 1\n', encoding="utf-8")  # as some editors begin
     assert read("--config", str(file)).model == dataclasses.replace(PRESETS["small"], first_k_dense=1)
 
 

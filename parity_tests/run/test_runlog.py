@@ -307,8 +307,9 @@ def test_the_folder_that_one_is_in_is_listed_by_its_name(
     shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(shelf / "a-torch")
+    Path("settings.toml").write_text("preset = 5")  # by hand
     assert main(["."]) == 0
-    assert "a-torch" in capsys.readouterr().out
+    assert "a-torch" in (shown := capsys.readouterr().out) and "5" in shown
 
 
 def test_runs_behind_links_are_listed_once(shelf: Path) -> None:

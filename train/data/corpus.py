@@ -218,7 +218,7 @@ def compare_identity(old: dict, new: dict) -> list[tuple[str, str]]:
     `refuse`: the rows, their order or their tokens would differ, so the stored position means nothing here.
     `warn`: only library versions differ, or the rules by which rows have text."""
     found = []
-    if old.get("rules") != new.get("rules"):
+    if ("rules" in old) != ("rules" in new):
         found.append(("warn", "rows that hold a list of texts or a chat were skipped before, and are now read"))
     for key in sorted((old.keys() | new.keys()) - {"versions", "rules"}):
         before, now = old.get(key), new.get(key)

@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 KEPT_FILE = "data.json"
 """In the run folder: see `Kept`."""
 
-RULES = 2
-"""2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not. Runs
-begun before go on by the rules they began with."""
+RULES, WHOLE_TEXTS = 3, 2
+"""2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not.
+3: logs of runs in the folder are not read. Runs begun before go on by the rules they began with."""
 
 LOOKED_AT = 1000
 """Chats that `--document-mask` looks at before a run begins: the first may be of one turn."""
@@ -98,7 +98,7 @@ class Data:
         if options.tokenizer != TRAINED:
             tokenizer = open_tokenizer(options.tokenizer, options.vocab_size, (), folder, keep_tokenizer)
         for corpus in [*self.corpora, *own]:
-            self._choose_rules(corpus, tokenizer, kept.rules < RULES, resume)
+            self._choose_rules(corpus, tokenizer, kept.rules < WHOLE_TEXTS, resume)
 
         bound = 0
         if options.validation_rows and options.validation_fraction:
@@ -162,7 +162,8 @@ class Data:
                 keep=resume,
                 document_bytes=self.options.document_bytes,
                 without=without,
-                former=kept.rules < RULES,
+                former=kept.rules < WHOLE_TEXTS,
+                runs=kept.rules < RULES,
             )
             label = f"{dataset.name}: " if len(datasets) > 1 else ""
             corpora.append(Corpus(dataset.name, source, label=label))
@@ -245,7 +246,7 @@ class Data:
             "held_out": f"{bound:016x}",
             "shuffle": f"windows of {self.options.shuffle_window}, seed {self.options.seed}",
             "versions": versions,
-            **({"rules": rules} if rules == RULES else {}),
+            **({"rules": rules} if rules >= WHOLE_TEXTS else {}),
         }
 
     def keep_scored(self) -> None:

@@ -21,6 +21,9 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMER_KINDS = (".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".md")
 """Those that runs begun before the others were read find in a folder."""
 
+RUN_FILE, RUN_ROWS = "data.json", ("metrics.jsonl", "metrics.cut.jsonl", "python-docs.jsonl")
+"""What every run folder holds, and what of it would be read as rows: samples of the model, for one."""
+
 NAMED_IN_A_NOTE = 3
 
 
@@ -48,14 +51,17 @@ def find_files(
     without: Collection[Path] = (),
     former: bool = False,
     option: str = "--dataset",
+    runs: bool = False,
 ) -> Found:
     """The files that a path, a folder (searched with its subfolders, links too) or a glob names.
 
     In a folder, `.json` files that `is_data` refuses are left out, and so are READMEs and other `.md` files where
-    there are rows beside them: those of a dataset's repository describe it. `without` are left out as well. `former`
-    searches a folder as runs did that began before. `option` named the pattern.
+    there are rows beside them: those of a dataset's repository describe it. So are the logs of runs, unless `runs` says
+    otherwise, and `without`. `former` searches a folder as runs did that began before. `option` named the pattern.
 
     Raises `UserError` if there is no file that can be read, and what `is_data` raises."""
+    if not pattern:  # as a path it would be the folder that we are in
+        raise UserError(f"{option}: an empty name; give files, a folder or a glob")
     path = user_path(pattern)
     left_out: dict[str, list[str]] = {}
     if path.is_dir():
@@ -79,6 +85,7 @@ def find_files(
         excluded = {file.resolve() for file in without}
         leave_out("for validation", lambda file: bool(excluded) and file.resolve() in excluded)
         if path.is_dir():
+            leave_out("of a run", lambda file: not runs and _is_of_a_run(file))
             leave_out("no rows with the text field", lambda file: kind_of(file) == ".json" and not is_data(file))
             if any(kind_of(file) not in TEXTS for file in files):
                 leave_out("documentation beside data", _is_documentation)
@@ -115,6 +122,10 @@ def kinds_in_words(files: list[Path]) -> str:
 
 def suffix_is_known(suffix: str) -> bool:
     return suffix.lower() in TABLES + LINES + TEXTS + COMPRESSIONS
+
+
+def _is_of_a_run(file: Path) -> bool:
+    return file.name in RUN_ROWS and file.with_name(RUN_FILE).is_file()
 
 
 def _is_documentation(file: Path) -> bool:

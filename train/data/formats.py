@@ -185,6 +185,11 @@ def array_elements(text: IO[str], chunk: int = _HEAD) -> Iterator[Any]:
     while True:
         start = between.match(buffer, start).end()
         if buffer[start : start + 1] == "]":
+            rest = buffer[start + 1 :]
+            while not rest.strip() and (rest := text.read(chunk)):
+                pass
+            if rest:  # as where files were put one behind the other
+                yield Bad("behind the end of the array: the rest of the file is not read")
             return
         try:
             value, end = decode(buffer, start)

@@ -40,8 +40,9 @@ def open_hub(name: str, config: str | None, revision: str | None, text_field: st
         raise UserError(f"--dataset {name}: there is no such file or folder, and no such dataset on the Hub") from error
     except Exception as error:
         raise UserError(
-            f"--dataset {name}: the Hugging Face Hub can't be reached ({in_one_line(error)}); without a network give "
-            "local files, or train on the Python documentation with --preset tiny"
+            f"--dataset {name}: there is no such file or folder, and the Hugging Face Hub can't be reached "
+            f"({in_one_line(error)}); without a network give local files, or train on the Python "
+            "documentation with --preset tiny"
         ) from error
     config = config or DEFAULT_CONFIGS.get(name)
     try:

@@ -36,7 +36,7 @@ def read_questions(file: Path) -> Iterator[Question]:
 
     Raises `UserError` naming file and line of a record that is none of `LAYOUTS`, or has no answer among its choices.
     """
-    with _read_errors(file, "it must be .jsonl, a question a line"), open(file, encoding="utf-8") as lines:
+    with _read_errors(file, "it must be .jsonl, a question a line"), open(file, encoding="utf-8-sig") as lines:
         labels = _labels_beside(file)
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -77,6 +77,7 @@ class FileSource:
         without: files that are left out.
         option: which names them, for messages.
         former: find and read the files as runs did that began before nested fields, arrays and whole text files.
+        runs: logs of runs in a folder are rows, as they were to runs that began before they were left out.
     """
 
     def __init__(
@@ -88,8 +89,11 @@ class FileSource:
         without: Collection[Path] = (),
         former: bool = False,
         option: str = "--dataset",
+        runs: bool = False,
     ):
-        found = find_files(pattern, lambda file: has_text_field(file, text_field, option), without, former, option)
+        found = find_files(
+            pattern, lambda file: has_text_field(file, text_field, option), without, former, option, runs
+        )
         self.root, self.files, self.text_field, self.option = found.root, found.files, text_field, option
         if former:
             document_bytes = FORMER_DOCUMENT_BYTES

@@ -10,6 +10,7 @@ from torch_ref.spec.interface import UserError
 from train.data.corpus import compare_identity
 from train.run.extension import LENGTH, extends, why_not
 from train.run.options import Options, flag, trajectory_differences
+from train.state.neutral import is_state
 
 
 def changes_since(
@@ -43,13 +44,21 @@ def changes_since(
     data_differences = compare_identity(_exact(meta["data"], stored), _exact(identity, now))
     differences += [message for severity, message in data_differences if severity == "refuse"]
     if differences and not options.allow_changed_settings:
-        why = why_not(stored, options, step, checkpoint.parent)
+        why = why_not(stored, options, step, _earlier_ones(checkpoint))
         raise UserError(
             f"{checkpoint}: {'; '.join(differences)}: that would change the run{why}; take the former settings, "
             "another --run-dir, or --allow-changed-settings"
         )
     told += [f"{flag(name)} auto was {value}, now {now[name]}" for name, value in decided.items() if name == "dtype"]
     return told + differences + [message for severity, message in data_differences if severity == "warn"]
+
+
+def _earlier_ones(checkpoint: Path) -> Path | str:
+    """Where earlier checkpoints are. What `--resume-from` names may be their run's folder, or a neutral one."""
+    if is_state(checkpoint):
+        return "the former run"
+    folder = checkpoint / "checkpoints"
+    return folder if folder.is_dir() else checkpoint.parent
 
 
 def _exact(identity: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def extends(stored: dict[str, Any], options: Options, step: int) -> bool:
     return all(before(done) == now(done) for done in range(step))
 
 
-def why_not(stored: dict[str, Any], options: Options, step: int, checkpoints: Path) -> str:
+def why_not(stored: dict[str, Any], options: Options, step: int, checkpoints: Path | str) -> str:
     """For the refusal of another length: what would happen to the learning rate, and what to do instead; nothing if
     the length is the same."""
     if stored["steps"] == options.steps or options.lr_schedule != stored.get("lr_schedule", "linear"):
