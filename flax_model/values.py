@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from torch_ref.spec.config import ModelConfig
 from torch_ref.spec.parameters import Parameter, flax_path, parameter_table
 
 
+@cache  # tracing the model's constructor takes as long as placing all the values of a small one
 def structure(config: ModelConfig) -> nnx.GraphDef:
     """The structure of a config's model, without making any array."""
     return split(nnx.eval_shape(partial(Model, config)))[0]
