@@ -229,11 +229,11 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, help="the two models")
+    parser.add_argument("file", type=Path, help="A Python file with both models, as described above.")
     parser.add_argument(
-        "--gradients", action="store_true", help="also by every tensor and the first input, of all outputs"
+        "--gradients", action="store_true", help="Also compare gradients, by every tensor and the first input."
     )
-    parser.add_argument("--keep-weights", action="store_true", help="add no noise to tensors of equal values")
+    parser.add_argument("--keep-weights", action="store_true", help="Add no noise to tensors of equal values.")
     options = parser.parse_args(argv)
     os.environ.setdefault("XLA_FLAGS", quick_flags())  # operations are compiled one at a time and run once
     try:

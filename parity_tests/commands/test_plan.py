@@ -136,7 +136,10 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         (["--price", "nan"], "--price nan: must be a number of at least 0"),
         (["--network-gbits", "0"], "--network-gbits 0: must be above 0"),
         (["--network-gbits", "nan"], "--network-gbits nan: must be above 0"),
-        (["--gpus", "1x1x3"], "--batch-size 8: must be a multiple"),
+        (
+            ["--gpus", "1x4x8"],
+            "--batch-size 8: must be a multiple of 32: 1 (--micro-batch-size auto) on each of the 32",
+        ),
         (["--gpus", "1x1x8", "--mesh", "fsdp=4"], "--mesh fsdp=4: takes 4 devices, --gpus 1x1x8 are 8"),
         (["--gpus", "1x1x8", "--framework", "torch"], "--framework torch --gpus 1x1x8: for Flax alone"),
         (["--dtype", "float64"], "--dtype float64: no plan"),

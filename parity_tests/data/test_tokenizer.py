@@ -184,8 +184,11 @@ def test_unusable_tokenizers_are_refused_by_name(trained, tmp_path):
     endless = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     with pytest.raises(UserError, match="no end-of-text token"):
         TextTokenizer(endless.to_str(), "endless")
-    with pytest.raises(UserError, match="--tokenizer .* 400 tokens do not fit .* 399"):
-        trained.require_fit(399)
+    with pytest.raises(UserError, match="--tokenizer .* 400 tokens do not fit .* 399; choose another$"):
+        trained.require_fit(399)  # a trained model: its size is what it is
+    trained.save(tmp_path)
+    with pytest.raises(UserError, match="do not fit .* 399; give --vocab-size 400, choose another, or bpe"):
+        open_tokenizer(str(tmp_path), 399, (), tmp_path / "run", keep=False)
     with pytest.raises(UserError, match="leaves no room"):
         train_tokenizer(TEXTS, 256)
 

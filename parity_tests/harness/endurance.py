@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m parity_tests.harness.endurance", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("framework", choices=list(MAINS))
+    parser.add_argument("framework", choices=list(MAINS), help="The framework whose main is run.")
     parser.add_argument("folder", type=Path, help="A folder for the run.")
-    parser.add_argument("--steps", type=int, default=20_000, help="Its length; by default %(default)s.")
+    parser.add_argument("--steps", type=int, default=20_000, help="Steps of the run; by default %(default)s.")
     parser.add_argument(
         "--checkpoint-interval", type=int, help=f"Steps between checkpoints; by default {INTERVAL}, or the preset's."
     )

@@ -170,12 +170,12 @@ class TextTokenizer:
         write_whole(Path(folder) / "tokenizer.json", self.definition.encode())
         write_whole(Path(folder) / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
-    def require_fit(self, vocab_size: int) -> None:
-        """Raises `UserError` if the model has no row for some token."""
+    def require_fit(self, vocab_size: int, mend: str = "choose another") -> None:
+        """Raises `UserError` if the model has no row for some token; `mend` is what to do about it."""
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"--tokenizer {self.name}: its {self.vocab_size} tokens do not fit the model's vocab_size of "
-                f"{vocab_size}; choose another, or {TRAINED} to train one of the right size"
+                f"{vocab_size}; {mend}"
             )
 
 
@@ -292,5 +292,6 @@ def open_tokenizer(name: str, vocab_size: int, texts: Iterable[str], folder: Pat
     else:
         end = _token_text(_config_beside(kept, name).get("eos_token")) if keep else None
         tokenizer = load_tokenizer(name, end)
-    tokenizer.require_fit(vocab_size)
+    larger = f"give --vocab-size {tokenizer.vocab_size}, choose another, or {TRAINED} to train one of the right size"
+    tokenizer.require_fit(vocab_size, larger)
     return tokenizer

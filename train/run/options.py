@@ -250,8 +250,8 @@ class Options(RunOptions, DeviceOptions, CorpusOptions, TrainingOptions, Cadence
         self._require(
             self.batch_size % (self.rows_per_pass * self.devices) == 0,
             "batch_size",
-            f"must be a multiple of --micro-batch-size {self.micro_batch_size} on each of the {self.devices} devices "
-            f"of --mesh {self.mesh}",
+            f"must be a multiple of {self.rows_per_pass * self.devices}: {self.rows_per_pass} (--micro-batch-size "
+            f"{self.micro_batch_size}) on each of the {self.devices} devices of --mesh {self.mesh}",
         )
         experts = self.model.n_routed_experts
         self._require(
