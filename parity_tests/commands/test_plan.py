@@ -126,6 +126,20 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         assert "8 x 256 = 2,048 tokens a step" in capsys.readouterr().out
 
 
+def test_what_does_not_fit_is_told_of_options_that_help(capsys: pytest.CaptureFixture) -> None:
+    """Not of more devices where there is a plan for one alone, of fewer rows than one, or of what is done already."""
+
+    def helps(*flags: str) -> str:
+        assert main(["--preset", "smol-774m", "--device", "a10", "--mfu", "1", *flags]) == 0
+        return re.search("does not fit: (.*)", capsys.readouterr().out)[1]
+
+    rest = "a shorter --seq-len, or another --device"
+    much = "more devices (--gpus, --mesh fsdp=N), a smaller --micro-batch-size, --remat layers"
+    assert helps("--micro-batch-size", "8", "--remat", "off") == f"{much}, {rest}"
+    long = ("--max-position", "262144", "--seq-len", "262144", "--micro-batch-size", "1", "--remat", "layers")
+    assert helps("--framework", "torch", *long) == rest
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
