@@ -190,6 +190,42 @@ def test_torch_holds_whole_gradients_between_micro_batches():
     assert gradients(1, "torch") == gradients(1, "flax") == gradients(2, "flax") // 2 == whole // 8
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"q_lora_rank": 512, "n_shared_experts": 0}, {"num_heads": 8, "first_k_dense": 1}], ids=str
+)
+def test_the_estimate_counts_what_torch_saves_of_a_layer(sizes):
+    """Everything but parameters that autograd saves in a forward pass, for models that are no preset."""
+    torch = pytest.importorskip("torch")
+    from torch_ref.block import Block
+    from torch_ref.rotary import make_rope
+
+    config, tokens, cpu = dataclasses.replace(PRESETS["tiny"], num_layers=1, **sizes), 64, torch.device("cpu")
+    block = Block(config, dense=bool(config.first_k_dense))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.1)
+    rope = make_rope(config, tokens, torch.float32, cpu)
+    others = {tensor.untyped_storage().data_ptr() for tensor in (*block.state_dict().values(), *rope)}
+    saved = []  # tensors themselves: what is freed could give its place to another
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        x = torch.randn(1, tokens, config.hidden_size, requires_grad=True) * 1
+        block(x, rope, ComputeConfig("float32", "sdpa", "grouped"))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    held = sum(size for place, size in storages.items() if place not in others)
+    parts = step_parts(config, "float32", 1, tokens, 1, "off", framework="torch")
+    assert parts["activations kept for the backward pass"] == pytest.approx(held, rel=0.1)
+
+
+def test_torch_holds_the_gradient_of_a_chunk_while_the_next_has_its_logits():
+    def loss(tokens, dtype="float32"):
+        wide_vocabulary = dataclasses.replace(FULL, vocab_size=2**20, hidden_size=8)
+        parts = step_parts(wide_vocabulary, dtype, 1, tokens, 1, "off", framework="torch", on_gpu=True)
+        return parts["logits or the layer at work"]
+
+    assert loss(513) - loss(512) == 512 * 2**20 * 4
+    assert loss(513, "bfloat16") - loss(512, "bfloat16") == 512 * 2**20 * 2
+
+
 def test_a_backend_that_rematerialises_returns_freed_blocks():
     """Blocks of 8 MB between others that stay: freed, they leave the process."""
     pytest.importorskip("torch")

@@ -71,7 +71,7 @@ def step_parts(
         dense, shared = 2 * c.intermediate_size, 2 * c.n_shared_experts * c.moe_intermediate_size
     else:  # what autograd saves: norms and residuals, heads before and after they are turned, both factors of SwiGLU
         attention = 6 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.qk_head_dim
-        attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank
+        attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank + 3 * (c.q_lora_rank or 0)
         dense, shared = 4 * c.intermediate_size, 4 * c.n_shared_experts * c.moe_intermediate_size
     layer_input = c.hidden_size
     moe_layer = layer_input + attention + shared
@@ -92,7 +92,10 @@ def step_parts(
     working = tokens * (again + gradients_at_work) * operand + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
-    logits = wide + max(narrow, 0 if flax else wide) + (wide if widened else 0)
+    if flax:
+        logits = wide + narrow + (wide if widened else 0)
+    else:  # and, until a further chunk has its own, the gradient of the last one
+        logits = 2 * wide + (narrow if widened else 0) + (operand if tokens > chunk else 0)
     loss = chunk * c.vocab_size * logits + embedding * (narrow if narrow < wide else 0)
     loss += embedding * wide if widened else 0
     if flax or micro_batches == 1:  # the layers' gradients do not exist yet while the loss is taken
