@@ -255,7 +255,7 @@ print(before - resident())
     assert returned["experts"] > 150e6 > 20e6 > returned["off"]
 
 
-def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
+def test_host_memory_is_limited_by_the_container_and_the_job(monkeypatch, tmp_path):
     free = host_memory_available()
     assert free is None or 2**20 < free < 2**50
     real = memory.Path
@@ -264,8 +264,9 @@ def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
         return real(str(path).replace("/proc", f"{tmp_path}/proc").replace("/sys", f"{tmp_path}/sys"))
 
     monkeypatch.setattr(memory, "Path", fake)
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job_7\n")
+    (tmp_path / "sys/fs/cgroup/slurm/job_7").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 100 kB\nMemAvailable:       50 kB\n")
     assert host_memory_available() == 50 * 1024
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("40960\n")
@@ -273,3 +274,6 @@ def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
     assert host_memory_available() == 30000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     assert host_memory_available() == 50 * 1024
+    (tmp_path / "sys/fs/cgroup/slurm/job_7/memory.max").write_text("20480\n")
+    (tmp_path / "sys/fs/cgroup/slurm/job_7/memory.current").write_text("480\n")
+    assert host_memory_available() == 20000

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,22 +158,13 @@ def choose_remat(
 
 
 def host_memory_available() -> int | None:
-    """Bytes a process can still take without swapping: what Linux calls available, within the container's limit;
-    elsewhere 70 % of the installed memory; None where the system does not say."""
+    """Bytes a process can still take without swapping: what Linux calls available, within the limits of a container or
+    a job; elsewhere 70 % of the installed memory; None where the system does not say."""
     limits = []
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        cgroup = Path("/sys/fs/cgroup")
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((cgroup / "memory.current").read_text())
-            try:  # the kernel gives the file cache back when memory is asked for
-                stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-                cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-            except (OSError, ValueError):
-                cache = 0
-            limits.append(int(limit) - used + cache)
+        limits += _left_by_control_groups()
     except (OSError, KeyError, ValueError):
         pass
     if not limits:
@@ -181,6 +173,26 @@ def host_memory_available() -> int | None:
         except (OSError, ValueError, AttributeError):  # Windows has no sysconf
             return None
     return min(limits)
+
+
+def _left_by_control_groups() -> Iterator[int]:
+    """What the control groups (version 2) that this process is in leave of their limits: a container sees its own as
+    the outermost one, a job of SLURM or a unit of systemd is further in."""
+    group = Path("/sys/fs/cgroup")
+    for name in Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip().split("/"):
+        group = group / name  # "" first: the outermost
+        try:
+            limit = (group / "memory.max").read_text().strip()
+        except OSError:  # a machine's outermost has none
+            continue
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            try:  # the kernel gives the file cache back when memory is asked for
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            except (OSError, ValueError):
+                cache = 0
+            yield int(limit) - used + cache
 
 
 def process_peak() -> int | None:
