@@ -216,6 +216,19 @@ def test_the_estimate_counts_what_torch_saves_of_a_layer(sizes):
     assert parts["activations kept for the backward pass"] == pytest.approx(held, rel=0.1)
 
 
+def test_flax_makes_the_latents_of_queries_again():
+    """And does not keep them: those of the layer at work alone count, before and after their norm, with gradients."""
+
+    def parts(rank, framework):
+        config = dataclasses.replace(PRESETS["tiny"], q_lora_rank=rank)
+        return step_parts(config, "float32", 8, 512, 1, "off", framework=framework)
+
+    (small, large), kept = (parts(rank, "flax") for rank in (100, 300)), "activations kept for the backward pass"
+    work = "logits or the layer at work"
+    assert small[kept] == large[kept] == parts(None, "flax")[kept]
+    assert large[work] - small[work] > 4 * 200 * 8 * 512 * 4
+
+
 def test_torch_holds_the_gradient_of_a_chunk_while_the_next_has_its_logits():
     def loss(tokens, dtype="float32"):
         wide_vocabulary = dataclasses.replace(FULL, vocab_size=2**20, hidden_size=8)

@@ -72,11 +72,13 @@ def step_parts(
         dense, shared = 2 * c.intermediate_size, 2 * c.n_shared_experts * c.moe_intermediate_size
     else:  # what autograd saves: norms and residuals, heads before and after they are turned, both factors of SwiGLU
         attention = 6 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.qk_head_dim
-        attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank + 3 * (c.q_lora_rank or 0)
+        attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank
         dense, shared = 4 * c.intermediate_size, 4 * c.n_shared_experts * c.moe_intermediate_size
-    layer_input = c.hidden_size
-    moe_layer = layer_input + attention + shared
-    dense_layer = layer_input + attention + dense
+    layer_input, q_latent = c.hidden_size, c.q_lora_rank or 0
+    # torch keeps the latents of queries, in and around their norm; their gradients come when those of heads are gone.
+    kept_latents = 0 if flax else 3 * q_latent
+    moe_layer = layer_input + attention + kept_latents + shared
+    dense_layer = layer_input + attention + kept_latents + dense
     kept_routed = c.num_moe_layers * routed if remat == "off" else 0
     if remat == "layers":
         kept = c.num_layers * layer_input * narrow
@@ -90,6 +92,8 @@ def step_parts(
     rows = choices * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
     # torch lets go of the experts' gradients before it comes to attention's.
     gradients_at_work = 2 * attention + 2 * shared + rows if flax else max(2 * attention, 2 * shared + rows)
+    if flax:  # latents of queries before and after their norm, made again, and their gradients
+        gradients_at_work += 4 * q_latent
     working = tokens * (again + gradients_at_work) * operand + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
