@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_memory_grows_with_what_it_depends_on() -> None:
             assert total(2, **kind) > total(1, **kind) and total(seq=2048, **kind) > total(seq=1024, **kind)
             assert total(4, **kind) > total(4, remat="experts", **kind) > total(4, remat="layers", **kind)
             assert total(loss_chunk=1024, **kind) >= total(loss_chunk=512, **kind)
+    dense = step_parts(replace(PRESETS["small"], first_k_dense=6), "float32", 1, 512, 1, "off")
+    assert dense["the process itself"] == 700_000_000  # the experts are most of what is compiled
     # A second set of gradients, and of the embedding's once more: the sum before and after one is added.
     small = PRESETS["small"]
     assert total(batches=2) - total() == 4 * (count_parameters(small) + small.vocab_size * small.hidden_size)

@@ -24,6 +24,9 @@ PROCESS_BYTES = {"flax": 1_100_000_000, "torch": 350_000_000}
 """What a process on a CPU holds besides its arrays: the interpreter, the libraries, and for Flax what compiling the
 step leaves behind. Measured on Linux; it varies by a fifth."""
 
+UNCOMPILED_EXPERTS = 400_000_000
+"""So much less in Flax where no layer has experts: they are compiled for many numbers of rows."""
+
 
 def step_parts(
     config: ModelConfig,
@@ -130,7 +133,7 @@ def step_parts(
         # The embedding and its gradient, and one layer in the forward or backward pass, with its gradient.
         parts["gathered from the other devices"] = 2 * embedding * wide + one_layer * (narrow + wide)
     if not on_gpu:
-        parts["the process itself"] = PROCESS_BYTES[framework]
+        parts["the process itself"] = PROCESS_BYTES[framework] - UNCOMPILED_EXPERTS * (flax and not c.num_moe_layers)
     return parts
 
 
