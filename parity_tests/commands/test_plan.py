@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_memory_grows_with_what_it_depends_on() -> None:
             assert total(2, **kind) > total(1, **kind) and total(seq=2048, **kind) > total(seq=1024, **kind)
             assert total(4, **kind) > total(4, remat="experts", **kind) > total(4, remat="layers", **kind)
             assert total(loss_chunk=1024, **kind) >= total(loss_chunk=512, **kind)
+    dense = step_parts(replace(PRESETS["small"], first_k_dense=6), "float32", 1, 512, 1, "off")
+    assert dense["the process itself"] == 700_000_000  # the experts are most of what is compiled
     # A second set of gradients, and of the embedding's once more: the sum before and after one is added.
     small = PRESETS["small"]
     assert total(batches=2) - total() == 4 * (count_parameters(small) + small.vocab_size * small.hidden_size)
@@ -124,6 +127,20 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     for config in (["--config", str(settings)], [f"--config={settings}"]):
         assert main([*config, "--device", "cpu", "--framework", "torch"]) == 0
         assert "8 x 256 = 2,048 tokens a step" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_told_of_options_that_help(capsys: pytest.CaptureFixture) -> None:
+    """Not of more devices where there is a plan for one alone, of fewer rows than one, or of what is done already."""
+
+    def helps(*flags: str) -> str:
+        assert main(["--preset", "smol-774m", "--device", "a10", "--mfu", "1", *flags]) == 0
+        return re.search("does not fit: (.*)", capsys.readouterr().out)[1]
+
+    rest = "a shorter --seq-len, or another --device"
+    much = "more devices (--gpus, --mesh fsdp=N), a smaller --micro-batch-size, --remat layers"
+    assert helps("--micro-batch-size", "8", "--remat", "off") == f"{much}, {rest}"
+    long = ("--max-position", "262144", "--seq-len", "262144", "--micro-batch-size", "1", "--remat", "layers")
+    assert helps("--framework", "torch", *long) == rest
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,55 @@ def test_torch_holds_whole_gradients_between_micro_batches():
     assert gradients(1, "torch") == gradients(1, "flax") == gradients(2, "flax") // 2 == whole // 8
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"q_lora_rank": 512, "n_shared_experts": 0}, {"num_heads": 8, "first_k_dense": 1}], ids=str
+)
+def test_the_estimate_counts_what_torch_saves_of_a_layer(sizes):
+    """Everything but parameters that autograd saves in a forward pass, for models that are no preset."""
+    torch = pytest.importorskip("torch")
+    from torch_ref.block import Block
+    from torch_ref.rotary import make_rope
+
+    config, tokens, cpu = dataclasses.replace(PRESETS["tiny"], num_layers=1, **sizes), 64, torch.device("cpu")
+    block = Block(config, dense=bool(config.first_k_dense))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.1)
+    rope = make_rope(config, tokens, torch.float32, cpu)
+    others = {tensor.untyped_storage().data_ptr() for tensor in (*block.state_dict().values(), *rope)}
+    saved = []  # tensors themselves: what is freed could give its place to another
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        x = torch.randn(1, tokens, config.hidden_size, requires_grad=True) * 1
+        block(x, rope, ComputeConfig("float32", "sdpa", "grouped"))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    held = sum(size for place, size in storages.items() if place not in others)
+    parts = step_parts(config, "float32", 1, tokens, 1, "off", framework="torch")
+    assert parts["activations kept for the backward pass"] == pytest.approx(held, rel=0.1)
+
+
+def test_flax_makes_the_latents_of_queries_again():
+    """And does not keep them: those of the layer at work alone count, before and after their norm, with gradients."""
+
+    def parts(rank, framework):
+        config = dataclasses.replace(PRESETS["tiny"], q_lora_rank=rank)
+        return step_parts(config, "float32", 8, 512, 1, "off", framework=framework)
+
+    (small, large), kept = (parts(rank, "flax") for rank in (100, 300)), "activations kept for the backward pass"
+    work = "logits or the layer at work"
+    assert small[kept] == large[kept] == parts(None, "flax")[kept]
+    assert large[work] - small[work] > 4 * 200 * 8 * 512 * 4
+
+
+def test_torch_holds_the_gradient_of_a_chunk_while_the_next_has_its_logits():
+    def loss(tokens, dtype="float32"):
+        wide_vocabulary = dataclasses.replace(FULL, vocab_size=2**20, hidden_size=8)
+        parts = step_parts(wide_vocabulary, dtype, 1, tokens, 1, "off", framework="torch", on_gpu=True)
+        return parts["logits or the layer at work"]
+
+    assert loss(513) - loss(512) == 512 * 2**20 * 4
+    assert loss(513, "bfloat16") - loss(512, "bfloat16") == 512 * 2**20 * 2
+
+
 def test_a_backend_that_rematerialises_returns_freed_blocks():
     """Blocks of 8 MB between others that stay: freed, they leave the process."""
     pytest.importorskip("torch")
@@ -233,7 +282,7 @@ print(before - resident())
     assert returned["experts"] > 150e6 > 20e6 > returned["off"]
 
 
-def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
+def test_host_memory_is_limited_by_the_container_and_the_job(monkeypatch, tmp_path):
     free = host_memory_available()
     assert free is None or 2**20 < free < 2**50
     real = memory.Path
@@ -242,8 +291,9 @@ def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
         return real(str(path).replace("/proc", f"{tmp_path}/proc").replace("/sys", f"{tmp_path}/sys"))
 
     monkeypatch.setattr(memory, "Path", fake)
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job_7\n")
+    (tmp_path / "sys/fs/cgroup/slurm/job_7").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 100 kB\nMemAvailable:       50 kB\n")
     assert host_memory_available() == 50 * 1024
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("40960\n")
@@ -251,3 +301,6 @@ def test_host_memory_is_limited_by_the_container(monkeypatch, tmp_path):
     assert host_memory_available() == 30000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     assert host_memory_available() == 50 * 1024
+    (tmp_path / "sys/fs/cgroup/slurm/job_7/memory.max").write_text("20480\n")
+    (tmp_path / "sys/fs/cgroup/slurm/job_7/memory.current").write_text("480\n")
+    assert host_memory_available() == 20000

@@ -291,6 +291,7 @@ with StopSignals():
 def test_the_file_cache_of_a_container_is_free_memory(monkeypatch):
     files = {
         "/proc/meminfo": "MemAvailable: 64000000 kB\n",
+        "/proc/self/cgroup": "0::/\n",
         "/sys/fs/cgroup/memory.max": "8000000000\n",
         "/sys/fs/cgroup/memory.current": "7000000000\n",
         "/sys/fs/cgroup/memory.stat": "active_file 2000000000\ninactive_file 3500000000\n",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ MARGIN = 1.1
 PROCESS_BYTES = {"flax": 1_100_000_000, "torch": 350_000_000}
 """What a process on a CPU holds besides its arrays: the interpreter, the libraries, and for Flax what compiling the
 step leaves behind. Measured on Linux; it varies by a fifth."""
+
+UNCOMPILED_EXPERTS = 400_000_000
+"""So much less in Flax where no layer has experts: they are compiled for many numbers of rows."""
 
 
 def step_parts(
@@ -73,9 +77,11 @@ def step_parts(
         attention = 6 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.qk_head_dim
         attention += (c.num_heads + c.num_kv_heads) * c.v_head_dim + 2 * c.kv_lora_rank
         dense, shared = 4 * c.intermediate_size, 4 * c.n_shared_experts * c.moe_intermediate_size
-    layer_input = c.hidden_size
-    moe_layer = layer_input + attention + shared
-    dense_layer = layer_input + attention + dense
+    layer_input, q_latent = c.hidden_size, c.q_lora_rank or 0
+    # torch keeps the latents of queries, in and around their norm; their gradients come when those of heads are gone.
+    kept_latents = 0 if flax else 3 * q_latent
+    moe_layer = layer_input + attention + kept_latents + shared
+    dense_layer = layer_input + attention + kept_latents + dense
     kept_routed = c.num_moe_layers * routed if remat == "off" else 0
     if remat == "layers":
         kept = c.num_layers * layer_input * narrow
@@ -89,10 +95,15 @@ def step_parts(
     rows = choices * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
     # torch lets go of the experts' gradients before it comes to attention's.
     gradients_at_work = 2 * attention + 2 * shared + rows if flax else max(2 * attention, 2 * shared + rows)
+    if flax:  # latents of queries before and after their norm, made again, and their gradients
+        gradients_at_work += 4 * q_latent
     working = tokens * (again + gradients_at_work) * operand + one_layer * wide
     if flax and not on_gpu:  # scores of all query blocks, twice as gradients
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
-    logits = wide + max(narrow, 0 if flax else wide) + (wide if widened else 0)
+    if flax:
+        logits = wide + narrow + (wide if widened else 0)
+    else:  # and, until a further chunk has its own, the gradient of the last one
+        logits = 2 * wide + (narrow if widened else 0) + (operand if tokens > chunk else 0)
     loss = chunk * c.vocab_size * logits + embedding * (narrow if narrow < wide else 0)
     loss += embedding * wide if widened else 0
     if flax or micro_batches == 1:  # the layers' gradients do not exist yet while the loss is taken
@@ -122,7 +133,7 @@ def step_parts(
         # The embedding and its gradient, and one layer in the forward or backward pass, with its gradient.
         parts["gathered from the other devices"] = 2 * embedding * wide + one_layer * (narrow + wide)
     if not on_gpu:
-        parts["the process itself"] = PROCESS_BYTES[framework]
+        parts["the process itself"] = PROCESS_BYTES[framework] - UNCOMPILED_EXPERTS * (flax and not c.num_moe_layers)
     return parts
 
 
@@ -154,22 +165,13 @@ def choose_remat(
 
 
 def host_memory_available() -> int | None:
-    """Bytes a process can still take without swapping: what Linux calls available, within the container's limit;
-    elsewhere 70 % of the installed memory; None where the system does not say."""
+    """Bytes a process can still take without swapping: what Linux calls available, within the limits of a container or
+    a job; elsewhere 70 % of the installed memory; None where the system does not say."""
     limits = []
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        cgroup = Path("/sys/fs/cgroup")
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((cgroup / "memory.current").read_text())
-            try:  # the kernel gives the file cache back when memory is asked for
-                stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-                cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-            except (OSError, ValueError):
-                cache = 0
-            limits.append(int(limit) - used + cache)
+        limits += _left_by_control_groups()
     except (OSError, KeyError, ValueError):
         pass
     if not limits:
@@ -178,6 +180,26 @@ def host_memory_available() -> int | None:
         except (OSError, ValueError, AttributeError):  # Windows has no sysconf
             return None
     return min(limits)
+
+
+def _left_by_control_groups() -> Iterator[int]:
+    """What the control groups (version 2) that this process is in leave of their limits: a container sees its own as
+    the outermost one, a job of SLURM or a unit of systemd is further in."""
+    group = Path("/sys/fs/cgroup")
+    for name in Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip().split("/"):
+        group = group / name  # "" first: the outermost
+        try:
+            limit = (group / "memory.max").read_text().strip()
+        except OSError:  # a machine's outermost has none
+            continue
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            try:  # the kernel gives the file cache back when memory is asked for
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+            except (OSError, ValueError):
+                cache = 0
+            yield int(limit) - used + cache
 
 
 def process_peak() -> int | None:

@@ -167,7 +167,13 @@ def _memory(plan: Plan) -> list[str]:
     lines = [f"Memory of a device at the peak of a step, estimated: {size_in_words(total)}{of}"]
     lines += [f"  {size_in_words(size):>9}  {part}" for part, size in memory.items()]
     if usable and total > usable:
-        lines.append("  This does not fit: more devices (--gpus, --mesh fsdp=N), or a smaller --micro-batch-size")
+        helps = {
+            "more devices (--gpus, --mesh fsdp=N)": plan.framework == "flax",
+            "a smaller --micro-batch-size": plan.options.rows_per_pass > 1,
+            "--remat layers": plan.options.remat != "layers",
+            "a shorter --seq-len, or another --device": True,
+        }
+        lines.append(f"  This does not fit: {', '.join(words for words, there_is in helps.items() if there_is)}")
     return lines
 
 
