@@ -108,18 +108,20 @@ def test_update_is_the_documented_formula(backend):
         before = after
 
 
-def test_clipping_leaves_small_gradients_alone(backend):
+def test_clipping_leaves_small_gradients_alone_and_scales_to_the_limit(backend):
     if backend.framework == "flax":
         pytest.skip("the rule is part of the compiled step: a second compilation for what torch shows as well")
     backend.step(*batch(0))
     clipped = arrays(backend.state())
-    backend.optimizer_config = dataclasses.replace(OPTIMIZER, grad_clip=100.0)
-    backend.init(0)
-    norm = backend.step(*batch(0)).grad_norm
-    free = arrays(backend.state())
+    first = {}
+    for clip in (100.0, 0.25):
+        backend.optimizer_config = dataclasses.replace(OPTIMIZER, grad_clip=clip)
+        backend.init(0)
+        norm = backend.step(*batch(0)).grad_norm
+        first[clip] = arrays(backend.state())["first norm.weight"]
     backend.optimizer_config = OPTIMIZER
-    name = "first norm.weight"
-    np.testing.assert_allclose(free[name], clipped[name] * norm, rtol=1e-5)
+    np.testing.assert_allclose(first[100.0], clipped["first norm.weight"] * norm, rtol=1e-5)
+    np.testing.assert_allclose(first[0.25], clipped["first norm.weight"] * 0.25, rtol=1e-5)
 
 
 def test_every_trainable_tensor_moves_in_the_first_step(backend):
