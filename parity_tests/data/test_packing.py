@@ -191,6 +191,7 @@ def test_validation_rows_are_bounded_whole_documents(make_data):
         assert scored[:-1].all() and np.diff(scored[-1].astype(int)).max(initial=0) <= 0
         np.testing.assert_array_equal(inputs.ravel()[1:][scored.ravel()[1:]], targets.ravel()[:-1][scored.ravel()[1:]])
     assert len(scored_texts(data)) == len(TEXTS) - len(training_texts(data))
+    assert int(data.identity["held_out"], 16) == int(0.3 * 2**64)
 
 
 def test_a_long_first_document_is_cut_at_a_character(make_data):

@@ -108,18 +108,20 @@ def test_update_is_the_documented_formula(backend):
         before = after
 
 
-def test_clipping_leaves_small_gradients_alone(backend):
+def test_clipping_leaves_small_gradients_alone_and_scales_to_the_limit(backend):
     if backend.framework == "flax":
         pytest.skip("the rule is part of the compiled step: a second compilation for what torch shows as well")
     backend.step(*batch(0))
     clipped = arrays(backend.state())
-    backend.optimizer_config = dataclasses.replace(OPTIMIZER, grad_clip=100.0)
-    backend.init(0)
-    norm = backend.step(*batch(0)).grad_norm
-    free = arrays(backend.state())
+    first = {}
+    for clip in (100.0, 0.25):
+        backend.optimizer_config = dataclasses.replace(OPTIMIZER, grad_clip=clip)
+        backend.init(0)
+        norm = backend.step(*batch(0)).grad_norm
+        first[clip] = arrays(backend.state())["first norm.weight"]
     backend.optimizer_config = OPTIMIZER
-    name = "first norm.weight"
-    np.testing.assert_allclose(free[name], clipped[name] * norm, rtol=1e-5)
+    np.testing.assert_allclose(first[100.0], clipped["first norm.weight"] * norm, rtol=1e-5)
+    np.testing.assert_allclose(first[0.25], clipped["first norm.weight"] * 0.25, rtol=1e-5)
 
 
 def test_every_trainable_tensor_moves_in_the_first_step(backend):
@@ -130,6 +132,28 @@ def test_every_trainable_tensor_moves_in_the_first_step(backend):
     assert sum(ROWS[name].size for name in trainable) == count_parameters(CONFIG)
     for name in trainable:
         assert (after[f"weights {name}"] != before[f"weights {name}"]).any(), name
+
+
+def test_balance_loss_is_in_the_gradient_with_its_coefficient(backend):
+    """Under a final norm of zero the next-token loss is flat, so a router's gradient is the balance loss's alone:
+    against differences of the one that steps report."""
+    name = f"layers.{CONFIG.num_layers - 1}.mlp.router.weight"
+
+    def step(change=0.0):
+        backend.init(0)
+        state = backend.state()
+        weights = {key: np.array(value) for key, value in state.weights.items()}
+        weights["norm.weight"][:] = 0
+        weights[name] += change
+        backend.load_state(dataclasses.replace(state, weights=weights))
+        return backend.step(*batch(1))
+
+    assert step().grad_norm < OPTIMIZER.grad_clip
+    gradient = np.array(backend.state().first_moment[name]) / np.float32(1 - OPTIMIZER.betas[0])
+    size = np.linalg.norm(gradient)
+    # No token of this batch is so near to another choice that these steps of 0.001 would change it.
+    ahead, back = (step(sign * 1e-3 * gradient / size).balance_loss for sign in (1, -1))
+    assert size == pytest.approx(CONFIG.balance_loss_coef * (ahead - back) / 2e-3, rel=1e-2)
 
 
 def test_balance_bias_follows_the_summed_counts(backend):

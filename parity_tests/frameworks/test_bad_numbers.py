@@ -190,6 +190,7 @@ def test_gradients_of_zero(backends) -> None:
     results, before, after = both(backends, change)
     assert [result.grad_norm for result in results] == [0.0, 0.0]
     assert results[0].loss == pytest.approx(np.log(CONFIG.vocab_size), rel=1e-6)
+    assert results[0].balance_loss == pytest.approx(CONFIG.num_layers, rel=1e-6), "equal scores: 1 a layer"
     decay = np.prod([1 - schedule(step) * OPTIMIZER.weight_decay for step in range(2)])
     for row in parameter_table(CONFIG):
         if row.trainable:

@@ -290,3 +290,24 @@ def test_the_router_computes_in_float32_and_survives_scores_of_nothing(framework
     for got, expected in zip(*halves, strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected), strict=True)
     assert not np.asarray(nothing.scores).any() and not np.asarray(nothing.weights).any()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_sequence_balance_loss_is_that_of_the_paper(framework):
+    """Equations 17 to 20 of DeepSeek-V3, written out for each sequence by itself, and the derivative: f counts choices
+    and has none, so that of f . P by a score is (f - f . s') / (length * sum of the token's scores)."""
+    batch, length, experts, topk = 3, 5, 4, 2
+    scores = np.random.default_rng(6).uniform(0.05, 0.95, (batch, length, experts))
+    upstream = np.array([1.0, -2.0, 0.5])
+    losses, slopes = np.zeros(batch), np.zeros_like(scores)
+    for sequence, tokens in enumerate(scores):
+        taken = [set(sorted(range(experts), key=lambda expert: -token[expert])[:topk]) for token in tokens]
+        f = np.array([experts / (topk * length) * sum(i in chosen for chosen in taken) for i in range(experts)])
+        normalised = [token / sum(token) for token in tokens]
+        losses[sequence] = sum(f[i] * sum(token[i] for token in normalised) / length for i in range(experts))
+        for place, token in enumerate(normalised):
+            slopes[sequence, place] = (f - (f * token).sum()) / (length * sum(tokens[place])) * upstream[sequence]
+    moe = module(framework, "moe")
+    out, gradient = gradients(framework)(lambda x: moe.sequence_balance_loss(x, topk), [scores], upstream)
+    np.testing.assert_allclose(out, losses, rtol=1e-13)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-10, atol=1e-15)

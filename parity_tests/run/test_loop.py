@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import signal
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from parity_tests.support.fakes import FakeBackend, small_options
 from parity_tests.support.stage import Stage, kill_at
 from torch_ref.spec.interface import UserError
 from train.plot import plot_runs
+from train.run import loop
 from train.run.runlog import RunLog
 from train.shell import COMPLETE, FAILED
 
@@ -54,6 +57,16 @@ def test_metrics_hold_what_the_log_rounds(straight: Stage) -> None:
     line = r"^Step (\d+) \| Loss: ([\d.]+) .*\(accumulated over 2 batches\) \| [\d.]+ GFLOP/s \| Memory: 1\.50 GB$"
     shown = re.findall(line, straight.text, re.M)
     assert shown == [(str(step["step"]), f"{step['loss']:.4f}") for step in steps]
+
+
+def test_a_step_takes_as_long_as_its_data_and_its_update(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second whenever it is looked at: once when the batch is there, once at the end."""
+    seconds = itertools.count(1.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds)))
+    assert stage.train() == COMPLETE
+    told = [[step[f"{part}_seconds"] for part in ("data_wait", "step")] for step in stage.records("step")]
+    assert told == [[1.0, 2.0]] * 15
+    assert [step["tokens_per_second"] for step in stage.records("step")] == [32 / 2] * 15
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -222,6 +222,11 @@ def test_a_token_budget_in_a_file_gives_way_to_steps(tmp_path: Path) -> None:
     assert "give one of them" in refusal("--tokens", "1M", "--steps", "7")
 
 
+def test_the_automatic_decay_is_a_fifth_of_the_main_phase_rounded_up() -> None:
+    assert [Options(steps=steps, lr_schedule="wsd").stable_steps for steps in (1000, 1001)] == [800, 800]
+    assert Options(steps=600, lr_schedule="wsd").stable_steps == 500, "it does not begin before the warm-up has ended"
+
+
 def test_every_flag_of_the_update_the_samples_and_the_computation_arrives() -> None:
     options = read(
         *"--steps 90 --learning-rate 0.02 --warmup-steps 7 --lr-schedule wsd --decay-steps 30".split(),

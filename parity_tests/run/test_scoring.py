@@ -107,6 +107,7 @@ def test_a_loss_that_is_not_finite_is_never_best(first: float) -> None:
     progress = Progress()
     assert not progress.validated(1, first, 0.0) and progress.stale_validations == 1
     assert progress.validated(2, 5.0, 0.0) and progress.best_step == 2
+    assert progress.stale_validations == 0, "patience counts validations in a row"
     assert not progress.validated(3, first, 0.0) and progress.best_loss == 5.0
     progress.forget_best()
     assert progress == Progress(), "nor does a count of other rows' losses stop the run"

@@ -33,12 +33,18 @@ def test_only_a_row_of_spikes_is_a_divergence() -> None:
     assert told(calm) == []
     assert told([*calm, 2.2, 2.3, 1.0, 2.2, 2.3, 1.0]) == []
     assert told([*calm, 2.2, 2.3, 2.4]) == [43]
+    assert told([1.0] * 40 + [2.0] * 3) == [], "a spike is above the factor, not at it"
+    assert told([9.0] * 10 + [1.0] * 30 + [2.2, 2.3, 2.4]) == [43], "of the median: high losses of before count little"
     assert told([*calm, 2.2, 2.3, 2.4], spike_factor=3.0) == []
     assert told([*calm, 2.2, 2.3, 2.4], spike_steps=2) == [42]
     assert told([*calm, 2.2, 2.3, 2.4], spike_factor=0.0) == []
     assert told([*calm, math.nan, math.inf, 2.4]) == [43], "a loss that is not finite is no return to calm"
     assert told([1.0] * (LEAST - 1) + [9.0] * 3) == [], "too few to have a median"
     assert told([1.0] * LEAST + [9.0] * 3) == [LEAST + 3]
+
+
+def test_spikes_between_other_losses_do_not_raise_the_median() -> None:
+    assert told([1.0] * 40 + [9.0, 9.0, 1.0] * 60 + [2.2, 2.3, 2.4]) == [40 + 180 + 3]
 
 
 def test_a_row_is_told_once_and_then_the_median_follows() -> None:
@@ -52,6 +58,7 @@ def test_the_watch_is_small_and_follows_a_falling_loss() -> None:
     for loss in np.linspace(10, 1, 1000).tolist():
         assert diverged(progress, loss, options) is None
     assert len(progress.recent_losses) == WINDOW
+    assert diverged(progress, 5.0, options) == pytest.approx(1 + 9 * (WINDOW - 1) / 2 / 999), "of the latest losses"
 
 
 @pytest.mark.parametrize(("spikes", "rolled_back", "step", "good"), [(0, 0, 12, 10), (3, 0, 12, 5), (2, 0, 12, 10)])

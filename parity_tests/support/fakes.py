@@ -133,6 +133,7 @@ class FakeBackend:
         return float((loss * scored * (1 + targets % 7)).sum()), int(scored.sum())
 
     def generate(self, prompt: list[int], sampling: Sampling, seed: int, on_token=None) -> list[int]:
+        assert sampling.stop_token == FakeTokenizer.eot_id, "a sample ends where its text does"
         self.sample_seeds.append(seed)
         for _ in range(sampling.max_new_tokens):
             if on_token:
