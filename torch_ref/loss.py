@@ -73,11 +73,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             rows, target = states[part], targets[part]
-            logits = wide_product(rows, weight)
             if not needs_gradient:
-                total += token_losses(logits, target).sum()
+                total += token_losses(wide_product(rows, weight), target).sum()
                 continue
-            loss, gradient = differentiate(logits, target, hidden.dtype)
+            loss, gradient = differentiate(wide_product(rows, weight), target, hidden.dtype)
             total += loss
             gradient = operand(gradient)
             hidden_gradient[part] = long_product(gradient, weight)
@@ -85,6 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 embedding_gradient.addmm_(gradient.T, rows)
             else:
                 embedding_gradient += wide_product(gradient.T, rows.T).to(embedding.dtype)
+            del gradient  # before the next chunk has its logits
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient, embedding_gradient)
         return total

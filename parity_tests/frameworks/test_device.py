@@ -243,16 +243,6 @@ def test_flax_makes_the_latents_of_queries_again():
     assert large[work] - small[work] > 4 * 200 * 8 * 512 * 4
 
 
-def test_torch_holds_the_gradient_of_a_chunk_while_the_next_has_its_logits():
-    def loss(tokens, dtype="float32"):
-        wide_vocabulary = dataclasses.replace(FULL, vocab_size=2**20, hidden_size=8)
-        parts = step_parts(wide_vocabulary, dtype, 1, tokens, 1, "off", framework="torch", on_gpu=True)
-        return parts["logits or the layer at work"]
-
-    assert loss(513) - loss(512) == 512 * 2**20 * 4
-    assert loss(513, "bfloat16") - loss(512, "bfloat16") == 512 * 2**20 * 2
-
-
 def test_a_backend_that_rematerialises_returns_freed_blocks():
     """Blocks of 8 MB between others that stay: freed, they leave the process."""
     pytest.importorskip("torch")

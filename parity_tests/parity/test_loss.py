@@ -1,6 +1,8 @@
 """The loss over chunks of the vocabulary's logits against the plain one and one written out by hand, values and
 gradients."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,36 @@ def test_chunked_loss_in_bfloat16_against_the_plain_one_in_float32(monkeypatch, 
     assert torch.equal(alone, got[1]), "of an embedding that is not trained"
     for what, a, b in zip(("loss", "hidden", "embedding"), got, expected, strict=True):
         assert relative_error(a.float(), b) <= 2e-2, what
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_logits_and_their_gradient_are_gone_before_the_next_chunk(monkeypatch, differentiated, dtype):
+    """On a GPU a chunk of each is 800 MB in float32."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_ref import loss
+
+    made, product, softmax_gradient = [], loss.wide_product, loss.softmax_gradient
+
+    def noted(tensor):
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def noted_product(x, weight):
+        if weight.shape != (50, HIDDEN):  # the embedding's gradient
+            return product(x, weight)
+        assert not [tensor for tensor in made if tensor() is not None]
+        return noted(product(x, weight))
+
+    def noted_gradient(*arguments):
+        total, gradient = softmax_gradient(*arguments)
+        return total, noted(gradient)
+
+    monkeypatch.setattr(loss, "wide_product", noted_product)
+    monkeypatch.setattr(loss, "softmax_gradient", noted_gradient)
+    states = torch.ones((10, HIDDEN), dtype=getattr(torch, dtype), requires_grad=differentiated)
+    assert loss.cross_entropy(states, torch.ones(50, HIDDEN), torch.zeros(10, dtype=torch.int64), 4) > 0
+    assert len(made) == 3 * (1 + differentiated)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -102,8 +102,8 @@ def step_parts(
         working += 3 * micro_batch_size * c.num_heads * seq_len * seq_len // 2 * wide
     if flax:
         logits = wide + narrow + (wide if widened else 0)
-    else:  # and, until a further chunk has its own, the gradient of the last one
-        logits = 2 * wide + (narrow if widened else 0) + (operand if tokens > chunk else 0)
+    else:  # and as much again for their exponentials
+        logits = 2 * wide + (narrow if widened else 0)
     loss = chunk * c.vocab_size * logits + embedding * (narrow if narrow < wide else 0)
     loss += embedding * wide if widened else 0
     if flax or micro_batches == 1:  # the layers' gradients do not exist yet while the loss is taken
