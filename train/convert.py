@@ -13,6 +13,7 @@ main resumes; weights alone become that framework's file of final weights, for `
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -169,6 +170,8 @@ def main(argv: Sequence[str]) -> int:
         help="Precision of the tensors written; by default as they are stored, which a whole state must keep.",
     )
     arguments = parser.parse_args(argv)
+    # Nothing is computed, and JAX would take most of a GPU's memory, which a run may be training in.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         found = convert(arguments.source, arguments.target, arguments.to, arguments.dtype, arguments.step)
     except OSError as error:

@@ -272,8 +272,10 @@ def test_a_whole_state_keeps_the_precision_that_its_settings_name(tmp_path, caps
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_the_command_that_goes_on_leaves_devices_to_auto(tmp_path, capsys, framework):
-    """The run may go on elsewhere: what `auto` chose where it was is in its settings.toml, and must not come along."""
+def test_the_command_that_goes_on_leaves_devices_to_auto(tmp_path, capsys, monkeypatch, framework):
+    """The run may go on elsewhere: what `auto` chose where it was is in its settings.toml, and must not come along.
+    Meanwhile a GPU is left to who trains on it."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"})
     source, target = tmp_path / "state", tmp_path / "a run"
     chosen = Options(model=CONFIG, seq_len=16, preset="tiny", mesh="fsdp=4", dtype="float32", remat="layers",
                      micro_batch_size=2, loss_chunk=64, batch_size=8, steps=70)  # fmt: skip
@@ -282,6 +284,7 @@ def test_the_command_that_goes_on_leaves_devices_to_auto(tmp_path, capsys, frame
     (tmp_path / "settings.toml").write_text(chosen.to_toml())
     write_state(source, dataclasses.replace(random_state(7), meta=meta), tmp_path)
     assert main([str(source), str(target), "--to", framework]) == 0
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("python -m ")[2])
     assert command[0] == {"flax": "train.flax_main", "torch": "torch_ref.train"}[framework]
     options = command_line.parse(command[1:], "train")
