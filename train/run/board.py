@@ -18,7 +18,7 @@ class Board:
 
     def __init__(self, folder: Path, step: int) -> None:
         # tensorboardX imports torch where it is installed, for graphs and tensors that this file never writes: a second
-        # of a Flax run's start, and 200 MB until its end.
+        # of a Flax run's start, and 150 to 200 MB until its end.
         hidden = sys.modules.setdefault("torch", None) is None
         try:
             from tensorboardX import SummaryWriter
