@@ -9,19 +9,17 @@ import os
 import shlex
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from parity_tests.support.backends import CONFIG, FRAMEWORKS, arrays, assert_same, make_backend
-from torch_ref.spec.checkpoint import close_seal
+from parity_tests.support.states import META, random_state
 from torch_ref.spec.config import ComputeConfig, ModelConfig
 from torch_ref.spec.huggingface import SIDECAR
 from torch_ref.spec.interface import TrainingState, UserError
 from torch_ref.spec.parameters import initial_values, parameter_table
-from torch_ref.spec.training_state import LazyArrays
 from train import command_line
 from train.convert import convert, main
 from train.run.options import Options
@@ -31,28 +29,10 @@ from train.state.source import Source, config_of, load_checkpoint, locate, open_
 BOTH = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in ("torch", "flax")), reason="needs torch and flax"
 )
-META = {
-    "step": 5,
-    "options": {"learning_rate": 0.001, "model": CONFIG.to_dict()},
-    "progress": {"cursor": {"epoch": 0, "carry": 17}, "best_loss": 3.5, "stale_validations": 2},
-}
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1}, "merges": []}, "added_tokens": [
     {"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
      "special": True}
 ]}  # fmt: skip
-
-
-def random_state(step: int, dtype: str = "float32") -> TrainingState:
-    """A state with something in every tensor, and with steps that were skipped."""
-    generator = np.random.default_rng(step)
-    rows = parameter_table(CONFIG)
-
-    def values(rows) -> dict:
-        return {row.name: generator.standard_normal(row.shape).astype(dtype) for row in rows}
-
-    trainable = [row for row in rows if row.trainable]
-    state = TrainingState(CONFIG, values(rows), values(trainable), values(trainable), step, updates=step - 3)
-    return dataclasses.replace(state, meta=META | {"step": step})
 
 
 def backend_for(framework: str, dtype: str = "float32", config: ModelConfig = CONFIG):
@@ -74,92 +54,6 @@ def make_run(folder: Path, framework: str, dtype: str = "float32") -> None:
     for name in ("tokenizer_config.json", "python-docs.jsonl", "validation.npz", "metrics.jsonl", "training.logs"):
         (folder / name).write_text("{}")
     (folder / "plot.png").write_text("not taken along")
-
-
-# The neutral form
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_neutral_form_is_bitwise(tmp_path, dtype):
-    state = random_state(5, dtype)
-    write_state(tmp_path / "state", state)
-    back = read_state(tmp_path / "state")
-    assert (back.model_config, back.step, back.updates, back.meta) == (CONFIG, 5, 2, state.meta)
-    assert_same(arrays(back), arrays(state))
-
-
-def test_neutral_form_is_readable_by_the_safetensors_library(tmp_path):
-    from safetensors.numpy import load_file
-
-    weights = {row.name: value for row, value in initial_values(CONFIG, 0)}
-    write_state(tmp_path / "state", TrainingState(CONFIG, weights))
-    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["state.json", "weights.safetensors"]
-    stored = load_file(tmp_path / "state/weights.safetensors")
-    assert stored.keys() == weights.keys()
-    assert all(np.array_equal(stored[name], value) for name, value in weights.items())
-    assert read_state(tmp_path / "state").first_moment is None
-
-
-def test_writing_and_reading_hold_one_tensor_at_a_time(tmp_path):
-    alive, most = weakref.WeakSet(), 0
-
-    class Tracked(np.ndarray):
-        __hash__ = object.__hash__
-
-    def fetch(name: str) -> np.ndarray:
-        nonlocal most
-        value = np.zeros(shapes[name], np.float32).view(Tracked)
-        alive.add(value)
-        most = max(most, len(alive))
-        return value
-
-    shapes = {row.name: row.shape for row in parameter_table(CONFIG)}
-    trainable = [row.name for row in parameter_table(CONFIG) if row.trainable]
-    moments = LazyArrays(trainable, fetch)
-    write_state(tmp_path / "state", TrainingState(CONFIG, LazyArrays(shapes, fetch), moments, moments))
-    assert most == 1
-    weights = read_state(tmp_path / "state").weights
-    assert weights["norm.weight"] is not weights["norm.weight"]
-
-
-NEUTRAL_FAULTS = {
-    "version": ("state.json", "version 1"),
-    "another format": ("state.json", "not a smol-deepseek-state"),
-    "unknown field": ("state.json", "window_size: unknown"),
-    "counter": ("state.json", "incomplete"),
-    "one moment": ("state.json", "both moments or none"),
-    "lost file": ("second_moment.safetensors", "No such file"),
-    "cut short": ("weights.safetensors", "cut short or damaged at norm.weight"),
-    "shape": ("weights.safetensors", r"embed_tokens.weight is \(96, 32\), state.json asks for \(96, 40\)"),
-}
-
-
-@pytest.mark.parametrize("fault", NEUTRAL_FAULTS)
-def test_a_faulty_neutral_folder_is_named(tmp_path, fault):
-    weights = {row.name: value for row, value in initial_values(CONFIG, 0)}
-    moments = {row.name: weights[row.name] for row in parameter_table(CONFIG) if row.trainable}
-    folder = tmp_path / "state"
-    write_state(folder, TrainingState(CONFIG, weights, moments, moments))
-    content = json.loads((folder / "state.json").read_text())
-    content |= {"version": {"version": 2}, "another format": {"format": "x"}, "counter": {"step": "many"}}.get(
-        fault, {}
-    )
-    if fault == "unknown field":
-        content["model"]["window_size"] = 4
-    if fault == "one moment":
-        content["tensors"].remove("first_moment")
-    if fault == "shape":
-        content["model"]["hidden_size"] = 40
-    (folder / "state.json").write_text(json.dumps(close_seal(content)))
-    if fault == "lost file":
-        (folder / "second_moment.safetensors").unlink()
-    if fault == "cut short":
-        data = (folder / "weights.safetensors").read_bytes()
-        (folder / "weights.safetensors").write_bytes(data[:-3])
-    file, message = NEUTRAL_FAULTS[fault]
-    with pytest.raises(UserError, match=message) as refusal:
-        read_state(folder)
-    assert file in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 # Conversion of runs

@@ -22,6 +22,7 @@ from torch_ref.spec.interface import UserError
 from torch_ref.spec.storage import read_json, write_whole
 from train.data.chat import FORMER, PLAIN, ChatFormat, TextRules
 from train.data.corpus import BadRows, Document, Reader, held_out_below, open_source
+from train.data.files import KEPT_FILE
 from train.data.options import HELD_OUT, DataOptions
 from train.data.packing import Rows, pack, require_fit, rows_of
 from train.data.prefetch import Prefetcher
@@ -30,9 +31,6 @@ from train.data.sources import FileSource, Source, in_one_line, package_versions
 from train.data.tokenizer import CONFIG_FILE, TRAINED, TextTokenizer, open_tokenizer
 
 log = logging.getLogger(__name__)
-
-KEPT_FILE = "data.json"
-"""In the run folder: see `Kept`."""
 
 RULES, WHOLE_TEXTS = 3, 2
 """2: a text file is one document, JSON arrays, lists of texts and chats are read, a README beside data is not.

@@ -21,8 +21,10 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMER_KINDS = (".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".md")
 """Those that runs begun before the others were read find in a folder."""
 
-RUN_FILE, RUN_ROWS = "data.json", ("metrics.jsonl", "metrics.cut.jsonl", "python-docs.jsonl")
-"""What every run folder holds, and what of it would be read as rows: samples of the model, for one."""
+KEPT_FILE = "data.json"
+"""In every run folder: see `Kept` in feed.py."""
+RUN_ROWS = ("metrics.jsonl", "metrics.cut.jsonl", "python-docs.jsonl")
+"""What a run folder holds that would be read as rows: samples of the model, for one."""
 
 NAMED_IN_A_NOTE = 3
 
@@ -125,7 +127,7 @@ def suffix_is_known(suffix: str) -> bool:
 
 
 def _is_of_a_run(file: Path) -> bool:
-    return file.name in RUN_ROWS and file.with_name(RUN_FILE).is_file()
+    return file.name in RUN_ROWS and file.with_name(KEPT_FILE).is_file()
 
 
 def _is_documentation(file: Path) -> bool:
